@@ -1,0 +1,5 @@
+"""`python -m tracer` is `trace`."""
+
+from tracer.cli.main import main
+
+main()

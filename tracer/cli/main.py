@@ -1,0 +1,97 @@
+"""`trace`: a group of commands that are known by name and imported when called.
+
+`main` is the only place that prints an error and chooses an exit code for it: 0 same, 1 diverged and nothing
+else, 2 no answer, 130 Ctrl-C.  click's own 1 for Ctrl-C and a closed pipe becomes 130 and 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, Final, NoReturn
+
+import click
+
+from tracer._version import DISTRIBUTION, VERSION
+from tracer.errors import TraceError
+
+# Command -> where it is, and its line in `trace --help`, which must not import it.
+COMMANDS: Final = {
+    "record": ("tracer.cli.record:record", "Run a training program and record every optimizer step."),
+    "diff": ("differ.command:diff", "Name the first step, phase and parameter at which two traces part."),
+    "show": ("tracer.cli.show:show", "What is in a trace: steps, records, statistics, values."),
+    "check": ("tracer.cli.check:check", "Is a trace whole; what was lost."),
+    "selftest": ("scenarios.selftest:selftest", "Is a recorded run bit-identical to an unrecorded one, here?"),
+}
+
+EXIT_NO_ANSWER: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Command names in the order of COMMANDS."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name=DISTRIBUTION)
+def trace() -> None:
+    """Record training runs step by step, and name the first place where two of them part.
+
+    \b
+    trace record -o a.h5 -- python train.py
+    trace record -o b.h5 -- -m mlx_lm lora --config lora.yaml
+    trace diff a.h5 b.h5
+
+    Exit codes: 0 same, 1 diverged, 2 no answer (usage, unreadable file, nothing in common), 130 Ctrl-C.
+    `trace record` ends with the exit code of the program that it ran.
+    """
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    try:
+        code: Any = trace.main(arguments, prog_name="trace", standalone_mode=False)
+        sys.stdout.flush()
+    except TraceError as error:
+        code = _complain(error.line(), error.exit_code)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        code = EXIT_NO_ANSWER
+    except (click.Abort, KeyboardInterrupt):
+        code = _complain("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; don't let the interpreter complain about it while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_NO_ANSWER
+    except Exception as error:
+        if os.environ.get("STEPTRACE_DEBUG"):
+            raise
+        code = _complain(
+            f"internal error: {type(error).__name__}: {' '.join(str(error).split())}; "
+            "set STEPTRACE_DEBUG=1 for a traceback, and report it [internal]",
+            EXIT_NO_ANSWER,
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"trace: {line}", file=sys.stderr)
+    return code

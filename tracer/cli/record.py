@@ -1,0 +1,236 @@
+"""`trace record`: run a program with the recorder around it.
+
+The program runs in this very process, as `python` would have run it, so that its imports can be hooked when it makes
+them; a built-in training path runs in a process of its own.  The program's exit code is ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import click
+
+from tracer.cli.options import Phases, narrowing
+from tracer.errors import BadUsage, NotFound
+from tracer.recorder import DEFAULT_PHASES, recording
+
+_PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The trace to write."
+)
+@click.option("--what", type=Phases(), help="Phases to record, with commas (default: all but forward).")
+@narrowing
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--durable", is_flag=True, help="fsync after every step: safe against power loss, slower.")
+@click.option("--path", "path_name", metavar="NAME", help="Run a built-in training path instead of a program.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings of --path, as TOML.")
+@click.option("--model", metavar="NAME", help="With --path: a tiny model, a local folder, or a hub id.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="With --path: change one setting.")
+@click.option(
+    "--init-from", type=click.Path(path_type=Path), metavar="TRACE", help="With --path: start from its adapters."
+)
+@click.option(
+    "--batches-from", type=click.Path(path_type=Path), metavar="TRACE", help="With --path: train on its batches."
+)
+@click.argument("program", nargs=-1, type=click.UNPROCESSED)
+def record(output: Path, path_name: str | None, program: tuple[str, ...], **options: Any) -> int:
+    """Run a training program and record every optimizer step into FILE.
+
+    \b
+    trace record -o run.h5 -- python train.py --lr 1e-4
+    trace record -o run.h5 -- -m mlx_lm lora --config lora.yaml
+    trace record -o run.h5 --path mlx-lm --config run.toml
+
+    The program is not changed, and neither is a bit of what it computes.  Ends with the program's exit code, or 2 if it made
+    no optimizer step that could be seen.
+    """
+    path_only = {name: options.pop(name) for name in ("config", "model", "settings", "init_from", "batches_from")}
+    if path_name is not None:
+        if program:
+            raise BadUsage("--path and a program were given", "one of them")
+        program = ("-m", "scenarios.run", path_name, *_path_arguments(path_only))
+        return _in_process_of_its_own(sys.executable, output, options, program)
+    given = [f"--{name.replace('_', '-')}" for name, value in path_only.items() if value]
+    if given:
+        raise BadUsage(f"{', '.join(given)} needs --path", "a program of your own reads its own settings")
+    if not program:
+        raise BadUsage("no program was given", "trace record -o run.h5 -- python train.py")
+    python, program = _split_interpreter(program)
+    if python is not None and Path(python).parent != Path(sys.executable).parent:
+        return _in_process_of_its_own(python, output, options, program)
+    return _record_here(output, options, program)
+
+
+def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]) -> int:
+    start = _find_program(program)
+    with recording(
+        output,
+        what=options["what"] or DEFAULT_PHASES,
+        steps=options["steps"],
+        only=options["only"],
+        omit=options["omit"],
+        names=_user_names(),
+        overwrite=options["force"],
+        durable=options["durable"],
+    ) as recorder:
+        code = _exit_code(start)
+        sys.stdout.flush()
+    _report(recorder.path, recorder.steps_recorded)
+    return code
+
+
+def _user_names() -> Any:
+    """`[tool.trace.names]` of the pyproject.toml in the current folder."""
+    import tomllib
+
+    from tracer.errors import BadConfig
+    from tracer.names import parse_rules
+
+    path = Path("pyproject.toml")
+    if not path.is_file():
+        return ()
+    try:
+        table = tomllib.loads(path.read_text()).get("tool", {}).get("trace", {}).get("names", {})
+        return parse_rules(table)
+    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"[tool.trace.names] in {path}: {error}", "mend the table") from error
+
+
+def _path_arguments(options: dict[str, Any]) -> list[str]:
+    arguments = []
+    for name in ("config", "model", "init_from", "batches_from"):
+        if options[name] is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(options[name])]
+    for setting in options["settings"]:
+        arguments += ["--set", setting]
+    return arguments
+
+
+def _in_process_of_its_own(python: str, output: Path, options: dict[str, Any], program: tuple[str, ...]) -> int:
+    """The same command under another interpreter, or just in another process."""
+    command = [python, "-m", "tracer", "record", "-o", str(output)]
+    if options["what"]:
+        command += ["--what", ",".join(phase.label for phase in sorted(options["what"]))]
+    if options["steps"]:
+        command += ["--steps", ":".join(map(str, options["steps"]))]
+    for name in ("only", "omit"):
+        for glob in options[name]:
+            command += [f"--{name}", glob]
+    command += [f"--{flag}" for flag in ("force", "durable") if options[flag]]
+    if python != sys.executable and subprocess.run([python, "-c", "import tracer"], capture_output=True).returncode:
+        raise BadUsage(f"{python} cannot import the recorder", f"{python} -m pip install steptrace")
+    return _shell_code(subprocess.run([*command, "--", *program]).returncode)
+
+
+def _shell_code(code: int) -> int:
+    """A process that died of signal n has code 128 + n, as in a shell."""
+    return 128 - code if code < 0 else code
+
+
+def _split_interpreter(program: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """Leading `python` -> (its path, the rest); nothing to split -> (None, the program)."""
+    if not _PYTHON.search(Path(program[0]).name):
+        return None, program
+    python = shutil.which(program[0])
+    if python is None:
+        raise NotFound(f"{program[0]} was not found", "check the name of the interpreter")
+    if len(program) == 1:
+        raise BadUsage("an interpreter was given, and nothing to run", "trace record -o run.h5 -- python train.py")
+    return str(Path(python).absolute()), program[1:]
+
+
+def _find_program(program: tuple[str, ...]) -> Callable[[], object]:
+    """What will run the program as the interpreter would."""
+    first, rest = program[0], list(program[1:])
+    if first == "-m":
+        if not rest:
+            raise BadUsage("-m needs the name of a module", "trace record -o run.h5 -- -m mlx_lm lora --config c.yaml")
+        return lambda: _run_module(rest[0], rest[1:])
+    if first == "-c":
+        raise BadUsage("-c cannot be recorded", "put the code into a file")
+    if first.startswith("-"):
+        raise BadUsage(f"the interpreter option {first} is not supported", "set it through PYTHON* variables")
+    script = Path(first)
+    if not script.exists():
+        found = shutil.which(first)
+        if found is None:
+            raise NotFound(f"{first} was not found", "give a Python script, -m module, or a Python console command")
+        script = Path(found)
+    if not script.is_dir() and script.suffix != ".py" and not _is_python(script):
+        raise BadUsage(f"{script} is not a Python program", f"trace record -o run.h5 -- python {shlex.quote(first)}")
+    return lambda: _run_script(script, rest)
+
+
+def _is_python(script: Path) -> bool:
+    with script.open("rb") as file:
+        head = file.readline(400)
+        # Console scripts with long paths start with /bin/sh and name the interpreter in the second line.
+        return head.startswith(b"#!") and (b"python" in head or b"python" in file.readline(400))
+
+
+def _run_module(module: str, arguments: list[str]) -> object:
+    sys.argv = [module, *arguments]
+    sys.path[0] = str(Path.cwd())
+    return runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _run_script(script: Path, arguments: list[str]) -> object:
+    sys.argv = [str(script), *arguments]
+    sys.path[0] = str(script.resolve().parent)
+    return runpy.run_path(str(script), run_name="__main__")
+
+
+def _exit_code(start: Callable[[], object]) -> int:
+    """Run the program; its exit code.  A traceback of the program's is shown without our own frames."""
+    try:
+        start()
+    except SystemExit as stop:
+        if stop.code is None:
+            return 0
+        if isinstance(stop.code, int):
+            return stop.code
+        print(stop.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:  # noqa: BLE001 - whatever the program dies of, the trace is closed properly
+        traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
+        return 1
+    return 0
+
+
+def _own_frames(at: TracebackType | None) -> TracebackType | None:
+    """The part of a traceback that is the program's: after the frames of this module and of runpy."""
+    while at is not None and (
+        at.tb_frame.f_code.co_filename == __file__ or at.tb_frame.f_globals.get("__name__") == "runpy"
+    ):
+        at = at.tb_next
+    return at
+
+
+def _report(path: Path, steps: int) -> None:
+    size = os.path.getsize(path)
+    print(f"trace: wrote {path}: {steps} step{'s' * (steps != 1)}, {human_bytes(size)}", file=sys.stderr)
+
+
+def human_bytes(count: float) -> str:
+    """`12.3 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

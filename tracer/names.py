@@ -1,0 +1,121 @@
+"""Canonical names: those of the Hugging Face checkpoint, LoRA factors as PEFT saves them.
+
+    torch/PEFT  base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight   [r, in]
+    mlx-lm                       model.layers.3.self_attn.q_proj.lora_a                   [in, r]
+    canonical                    model.layers.3.self_attn.q_proj.lora_A.weight            [r, in]
+
+A rule is a regex, its replacement and whether the tensor is transposed.  Rules are tried in order and each is applied
+once; a user's own (`[tool.trace.names]`) come first.  Invariant: a canonical name is a fixed point.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+TRANSPOSED: Final = "T"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One renaming: where `pattern` is found it becomes `replacement`; `transpose` swaps the last two axes."""
+
+    pattern: re.Pattern[str]
+    replacement: str
+    transpose: bool = False
+
+
+def _rule(pattern: str, replacement: str, transpose: bool = False) -> Rule:
+    return Rule(re.compile(pattern), replacement, transpose)
+
+
+BUILT_IN: Final[tuple[Rule, ...]] = (
+    # Wrappers around a model: torch.compile, DDP, PEFT.
+    _rule(r"(?:^|(?<=\.))_orig_mod\.", ""),
+    _rule(r"^(?:module\.)+", ""),
+    _rule(r"^base_model\.model\.", ""),
+    # PEFT puts the adapter's name between the factor and `weight`.
+    _rule(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)\.weight$", r".\1.weight"),
+    _rule(r"\.(lora_embedding_[AB])\.([^.]+)$", r".\1.weight"),
+    _rule(r"\.base_layer\.(weight|bias)$", r".\1"),
+    # mlx-lm keeps LoRA factors as [in, r] and [r, out].
+    _rule(r"\.lora_a$", ".lora_A.weight", transpose=True),
+    _rule(r"\.lora_b$", ".lora_B.weight", transpose=True),
+    # mlx-lm wraps the frozen layer as `linear` (or `embedding`).
+    _rule(r"_proj\.linear\.(\w+)$", r"_proj.\1"),
+    _rule(r"\.(embed_tokens|lm_head)\.(?:embedding|linear)\.(\w+)$", r".\1.\2"),
+    # Multimodal Gemma-3 under mlx-lm against transformers.
+    _rule(r"^language_model\.model\.", "model.language_model."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Canonical:
+    """A canonical name and how to bring the tensor into canonical layout ("" or "T")."""
+
+    name: str
+    transform: str
+
+
+class NameMap:
+    """Original name -> canonical name.  Remembers its answers: a run asks for the same names at every step."""
+
+    def __init__(self, extra: Iterable[Rule] = ()) -> None:
+        self.rules: tuple[Rule, ...] = (*extra, *BUILT_IN)
+        self._known: dict[str, Canonical] = {}
+
+    def __call__(self, original: str) -> Canonical:
+        """Canonical name of an original one."""
+        known = self._known.get(original)
+        if known is None:
+            known = self._known[original] = apply_rules(original, self.rules)
+        return known
+
+
+def apply_rules(original: str, rules: Sequence[Rule]) -> Canonical:
+    """Apply each rule once, in order."""
+    name, transposed = original, False
+    for rule in rules:
+        name, hits = rule.pattern.subn(rule.replacement, name)
+        transposed ^= rule.transpose and hits > 0
+    return Canonical(name, TRANSPOSED if transposed else "")
+
+
+def parse_rules(table: dict[str, object]) -> tuple[Rule, ...]:
+    """Rules of a `[tool.trace.names]` table.
+
+    `"regex" = "replacement"` or `"regex" = { to = "replacement", transpose = true }`.  Raises ValueError that
+    names the entry.
+    """
+    rules = []
+    for pattern, target in table.items():
+        to = target.get("to") if isinstance(target, dict) else target
+        transpose = bool(target.get("transpose", False)) if isinstance(target, dict) else False
+        if not isinstance(to, str):
+            raise ValueError(f"name rule {pattern!r} needs a replacement string, or {{to = …, transpose = …}}")
+        try:
+            rules.append(Rule(re.compile(pattern), to, transpose))
+        except re.error as error:
+            raise ValueError(f"name rule {pattern!r} is not a regular expression: {error}") from error
+    return tuple(rules)
+
+
+@cache
+def state_name(parameter: str, kind: str) -> str:
+    """Name of an optimizer-state record: the parameter's name, a slash, the kind (`exp_avg`)."""
+    return f"{parameter}/{kind}"
+
+
+def split_state_name(name: str) -> tuple[str, str]:
+    """Inverse of `state_name`; a state of the whole optimizer (`step`) has an empty parameter."""
+    parameter, _, kind = name.rpartition("/")
+    return parameter, kind
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known names that are most like a name, best first; for messages, never for matching."""
+    return difflib.get_close_matches(name, list(known), count, 0.6)

@@ -1,0 +1,414 @@
+"""Read a trace: lazily, one record at a time, verifying whatever is read.
+
+Opening reads the step table and the seals only.  A row's digests and states are checked against its seal when they are
+first asked for, an index against its layout's digest, a tensor against its own digest, so no damaged byte is ever
+compared.  Tensors are read with `pread` at the place that HDF5 names, so memory is bounded by the largest record.
+Imports numpy and h5py only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tracer import schema
+from tracer.dtypes import DTYPES
+from tracer.errors import Damaged, Empty, NewerFormat, NoPermission, NotATrace, NotFound, TraceError
+from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
+
+SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+
+RowKey = tuple[Phase, int, int]
+
+
+def open_trace(path: str | os.PathLike[str]) -> Trace:
+    """Open a trace; use it as a context manager, or call `close`.
+
+    Raises NotFound, NoPermission, NotATrace, NewerFormat, Damaged, or Empty (no committed step).
+    """
+    return Trace(Path(path))
+
+
+class Trace:
+    """One trace, open for reading.  Attributes are those of the file; see `tracer/schema.py`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _check_readable(path)
+        self._fd = os.open(path, os.O_RDONLY)
+        self._tensor_bytes = 0
+        self._file: Any = None
+        try:
+            self._size = os.fstat(self._fd).st_size
+            self._file = _open_hdf5(path, self._fd)
+            with damage(path, "its tables cannot be read"):
+                self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        attrs = self._file.attrs
+        if "format" not in attrs or schema.COMMITTED not in self._file:
+            raise NotATrace(f"{self.path} is an HDF5 file, but not a trace", "give a file that `trace record` wrote")
+        self.format = int(attrs["format"])
+        self.tool = str(attrs["tool"])
+        if self.format > schema.FORMAT:
+            raise NewerFormat(
+                f"{self.path} has format {self.format} (written by {self.tool}); this version reads up to {schema.FORMAT}",
+                f"pip install -U '{self.tool.replace(' ', '>=')}'",
+            )
+        committed = int(self._file[schema.COMMITTED][0])
+        if committed == 0:
+            raise Empty(f"{self.path} has no committed step", "the run ended before its first step was complete")
+        table = self._table(self._file[schema.STEPS])
+        if not 0 < committed <= len(table):
+            raise Damaged(f"{self.path} is damaged: its counter says {committed} commits", _RERECORD)
+        table = table[:committed]
+        self.steps: tuple[int, ...] = tuple(dict.fromkeys(int(step) for step in table["step"]))
+        self._rows = self._find_rows()
+        self._verify_seals(table)
+
+    def _find_rows(self) -> dict[RowKey, RowView]:
+        committed = set(self.steps)
+        rows: dict[RowKey, RowView] = {}
+        for phase in Phase:
+            for number in self._file.get(phase.label, ()):
+                layout = Layout(self, phase, self._file[f"{phase.label}/{number}"])
+                for position, entry in enumerate(self._table(layout.group[schema.ROWS])):
+                    step, micro_batch, seal = int(entry["step"]), int(entry["micro_batch"]), entry["seal"].tobytes()
+                    if step in committed and any(seal):
+                        rows[phase, step, micro_batch] = RowView(layout, position, step, micro_batch, seal)
+        return rows
+
+    def _verify_seals(self, table: npt.NDArray[Any]) -> None:
+        # A step is committed without its `eval` rows; those, if there are any, are a commit of their own.
+        seals: dict[tuple[int, bool], list[bytes]] = {}
+        for phase, step, micro_batch in sorted(self._rows, key=lambda key: (key[0], key[2])):
+            seals.setdefault((step, phase is Phase.EVAL), []).append(self._rows[phase, step, micro_batch].seal)
+        seal, seen = b"", set()
+        for entry in table:
+            step = int(entry["step"])
+            seal = schema.step_seal(seal, step, seals.pop((step, step in seen), []))
+            seen.add(step)
+            if seal != entry["seal"].tobytes():
+                raise Damaged(f"{self.path} is damaged: the seal of step {step} does not fit its rows", _RERECORD)
+        # An `eval` row without its commit was being written when the run was cut off.
+        for step, _ in seals:
+            self._rows = {key: row for key, row in self._rows.items() if key[:2] != (Phase.EVAL, step)}
+        end = self.end
+        if end.get("finished") and end.get("commits") != len(table):
+            raise Damaged(f"{self.path} is damaged: it ended after {end.get('commits')} commits", _RERECORD)
+
+    # What a trace says of itself.
+
+    @cached_property
+    def env(self) -> dict[str, Any]:
+        """Versions, device, threads, operating system, arguments of the run."""
+        return self.document("env")
+
+    @cached_property
+    def declared(self) -> dict[str, Any]:
+        """Settings as the program declared them, by dotted key."""
+        return self.document("declared")
+
+    @cached_property
+    def observed(self) -> dict[str, Any]:
+        """Settings as the recorder found them in the live objects, by dotted key."""
+        return self.document("observed")
+
+    @cached_property
+    def end(self) -> dict[str, Any]:
+        """How recording ended: `finished`, `reason`, `commits`."""
+        try:
+            return self.document("end")
+        except Damaged:
+            # Killed while it was being written: the steps are whole all the same.
+            return {"finished": False, "reason": "the end was not written completely"}
+
+    @property
+    def finished(self) -> bool:
+        """False if the run or the recording was cut off: the steps that are here are whole, the rest is missing."""
+        return bool(self.end.get("finished"))
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last committed step."""
+        return self.steps[-1]
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that have at least one row, in causal order."""
+        return tuple(sorted({phase for phase, _, _ in self._rows}))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read so far."""
+        return self._tensor_bytes
+
+    def rows(self, phase: Phase | None = None) -> Iterator[RowView]:
+        """All rows (of a phase), by step, phase and micro-batch."""
+        for key in sorted(self._rows, key=lambda k: (k[1], k[0], k[2])):
+            if phase is None or key[0] is phase:
+                yield self._rows[key]
+
+    def row(self, phase: Phase, step: int, micro_batch: int = WHOLE_STEP) -> RowView | None:
+        """One row, or None if that phase was not recorded there."""
+        return self._rows.get((phase, step, micro_batch))
+
+    def micro_batches(self, phase: Phase, step: int) -> tuple[int, ...]:
+        """Micro-batch numbers of the rows of a phase at a step; `(-1,)` for a phase with one row per step."""
+        return tuple(sorted(m for p, s, m in self._rows if p is phase and s == step))
+
+    def close(self) -> None:
+        """Close the file.  Safe to call twice."""
+        if self._file is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._file.close()
+            self._file = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # For RowView and Layout.
+
+    def pread(self, offset: int, count: int) -> bytes:
+        """`count` bytes of the file at `offset`; raises Damaged if they are not all there."""
+        data = bytearray()
+        while len(data) < count:
+            piece = os.pread(self._fd, count - len(data), offset + len(data))
+            if not piece:
+                raise Damaged(f"{self.path} is damaged: it ends before byte {offset + count}", _RERECORD)
+            data += piece
+        self._tensor_bytes += count
+        return bytes(data)
+
+    def _table(self, dataset: Any) -> npt.NDArray[Any]:
+        """A whole small table; refuses one that claims to be larger than the file."""
+        if math.prod(dataset.shape) * dataset.dtype.itemsize > self._size and dataset.compression is None:
+            raise Damaged(f"{self.path} is damaged: {dataset.name} claims to be larger than the file", _RERECORD)
+        table: npt.NDArray[Any] = dataset[...]
+        return table
+
+    def document(self, name: str) -> dict[str, Any]:
+        """One of schema.DOCUMENTS, empty if it was not written; raises Damaged if it does not match its digest."""
+        with damage(self.path, f"its document {name} cannot be read"):
+            dataset = self._file.get(f"{schema.META}/{name}")
+            if dataset is None:
+                return {}
+            text = bytes(dataset[()])
+            if xxhash.xxh3_128_digest(np.bytes_(text)) != dataset.attrs["digest"].tobytes():
+                raise Damaged(f"{self.path} is damaged: its document {name} does not match its digest", _RERECORD)
+            document = json.loads(text)
+        if not isinstance(document, dict):
+            raise Damaged(f"{self.path} is damaged: its document {name} is not an object", _RERECORD)
+        return document
+
+
+class Layout:
+    """A fixed list of records that rows share."""
+
+    def __init__(self, trace: Trace, phase: Phase, group: Any) -> None:
+        self.trace = trace
+        self.phase = phase
+        self.group = group
+        self.digest: bytes = group.attrs["digest"].tobytes()
+        self.records = int(group.attrs["records"])
+        self._datasets: dict[str, Any] = {}
+
+    @cached_property
+    def entries(self) -> tuple[IndexEntry, ...]:
+        """The index; verified against the layout's digest."""
+        with damage(self.trace.path, f"an index of {self.phase.label} cannot be read"):
+            table = self.trace._table(self.group[schema.INDEX])
+            entries = tuple(IndexEntry.from_text([bytes(field).decode() for field in row]) for row in table)
+            if len(entries) != self.records or schema.layout_digest(self.phase, entries) != self.digest:
+                raise Damaged(
+                    f"{self.trace.path} is damaged: an index of {self.phase.label} does not match its digest", _RERECORD
+                )
+        return entries
+
+    @cached_property
+    def positions(self) -> Mapping[str, int]:
+        """Canonical name -> position in the index."""
+        return {entry.name: i for i, entry in enumerate(self.entries)}
+
+    def read_row(self, name: str, row: int, dtype: npt.DTypeLike, start: int, count: int) -> npt.NDArray[Any]:
+        """`count` elements of one row of a dataset of this layout, from element `start` on."""
+        kind = np.dtype(dtype)
+        if count == 0:
+            return np.zeros(0, kind)
+        with damage(self.trace.path, f"{self.phase.label} cannot be read"):
+            dataset = self._datasets.get(name)
+            if dataset is None:
+                dataset = self._datasets[name] = self.group[name]
+            width = math.prod(dataset.shape[1:])
+            chunk = dataset.id.get_chunk_info_by_coord((row, *(0 for _ in dataset.shape[1:])))
+            if chunk.byte_offset is None or start + count > width or chunk.size != width * kind.itemsize:
+                raise Damaged(
+                    f"{self.trace.path} is damaged: a row of {dataset.name} is not where it should be", _RERECORD
+                )
+            data = self.trace.pread(chunk.byte_offset + start * kind.itemsize, count * kind.itemsize)
+        return np.frombuffer(data, kind)
+
+
+class RowView:
+    """The records of one phase at one step (and micro-batch)."""
+
+    def __init__(self, layout: Layout, position: int, step: int, micro_batch: int, seal: bytes) -> None:
+        self.layout = layout
+        self.phase = layout.phase
+        self.step = step
+        self.micro_batch = micro_batch
+        self.seal = seal
+        self._position = position
+
+    @cached_property
+    def _sealed(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.void]]:
+        n = self.layout.records
+        states = self.layout.read_row(schema.STATE, self._position, np.uint8, 0, n)
+        digests = self.layout.read_row(schema.DIGEST, self._position, f"V{schema.DIGEST_BYTES}", 0, n)
+        seal = schema.row_seal(
+            self.layout.digest, self.phase, self.step, self.micro_batch, states.tobytes(), digests.tobytes()
+        )
+        if seal != self.seal:
+            raise Damaged(
+                f"{self.layout.trace.path} is damaged: the digests of {self.address()} do not match their seal",
+                _RERECORD,
+            )
+        return states, digests
+
+    @property
+    def states(self) -> npt.NDArray[np.uint8]:
+        """State of each record, uint8[n]; verified against the row's seal."""
+        return self._sealed[0]
+
+    @property
+    def digests(self) -> npt.NDArray[np.void]:
+        """Digest of each record, V16[n]; verified against the row's seal."""
+        return self._sealed[1]
+
+    @cached_property
+    def stats(self) -> npt.NDArray[np.float64]:
+        """STATS of each record, float64[n, 7].  `trace check` verifies them."""
+        n, width = self.layout.records, len(schema.STATS)
+        if schema.STATS_TABLE in self.layout.group:
+            flat = self.layout.read_row(schema.STATS_TABLE, self._position, np.float64, 0, n * width)
+            return flat.reshape(n, width)
+        stats = np.zeros((n, width))
+        for i in range(n):
+            row, position = self.target(i)
+            stats[i] = row.stats[position]
+        return stats
+
+    def state(self, i: int) -> State:
+        """State of record `i`."""
+        try:
+            return State(int(self.states[i]))
+        except ValueError as error:
+            raise Damaged(f"{self.layout.trace.path} is damaged: unknown state at {self.address()}") from error
+
+    def stored(self, i: int) -> bool:
+        """Whether the file holds the tensor of record `i`, here or where its alias points."""
+        entry = self.layout.entries[i]
+        if entry.alias_of:
+            row, position = self.target(i)
+            return row.stored(position)
+        return entry.stored
+
+    def read(self, i: int) -> npt.NDArray[Any]:
+        """Tensor of record `i`: stored dtype (bfloat16 as uint16 bits), canonical shape, read-only.
+
+        Follows an alias.  Verified against its digest: raises Damaged.  Raises ValueError if the file holds no data
+        for it (see `stored`).
+        """
+        entry = self.layout.entries[i]
+        if entry.alias_of:
+            row, position = self.target(i)
+            return row.read(position)
+        if not entry.stored:
+            raise ValueError(f"{entry.name} is in {self.layout.trace.path} as digest and statistics only")
+        count = math.prod(entry.shape)
+        values = self.layout.read_row(entry.dataset, self._position, DTYPES[entry.dtype], entry.offset, count)
+        if self.state(i) in (State.VALUE, State.ZERO):
+            digest = xxhash.xxh3_128_digest(values.view(np.uint8).data)
+            if digest != self.digests[i].tobytes():
+                raise Damaged(
+                    f"{self.layout.trace.path} is damaged: {entry.name} at {self.address()} does not match its digest",
+                    _RERECORD,
+                )
+        return values.reshape(entry.shape)
+
+    def address(self) -> str:
+        """`step 3, grad` or `step 3, loss, micro-batch 1`."""
+        micro = "" if self.micro_batch == WHOLE_STEP else f", micro-batch {self.micro_batch}"
+        return f"step {self.step}, {self.phase.label}{micro}"
+
+    def target(self, i: int) -> tuple[RowView, int]:
+        """Row and position that the alias record `i` points to; raises Damaged if there is no such record."""
+        entry = self.layout.entries[i]
+        label, _, name = entry.alias_of.partition("/")
+        trace = self.layout.trace
+        with damage(trace.path, f"the reference {entry.alias_of!r} leads nowhere"):
+            row = trace.row(Phase.parse(label), self.step, self.micro_batch)
+            if row is None:
+                raise KeyError(entry.alias_of)
+            return row, row.layout.positions[name]
+
+
+_RERECORD: Final = "`trace check` says what is left; record it again"
+
+
+@contextlib.contextmanager
+def damage(path: Path, what: str) -> Iterator[None]:
+    """Anything that HDF5, numpy or the decoder throws at damaged bytes becomes Damaged."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except MemoryError as error:
+        raise Damaged(f"{path} is damaged: {what} (it asks for more memory than there is)", _RERECORD) from error
+    except Exception as error:
+        raise Damaged(f"{path} is damaged: {what} ({_first_line(error)})", _RERECORD) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except IsADirectoryError as error:
+        raise NotFound(f"{path} is a folder, not a trace", "give the name of a file") from error
+    except FileNotFoundError as error:
+        raise NotFound(f"{path} does not exist", "check the name, or record it with `trace record`") from error
+    except PermissionError as error:
+        raise NoPermission(f"{path} may not be read", "mend its permissions (chmod u+r)") from error
+    except OSError as error:
+        raise NotFound(f"{path} cannot be opened: {error.strerror or error}", "check the name") from error
+
+
+def _open_hdf5(path: Path, fd: int) -> Any:
+    if os.pread(fd, len(SIGNATURE), 0) != SIGNATURE:
+        raise NotATrace(f"{path} is not an HDF5 file", "give a file that `trace record` wrote")
+    with damage(path, "HDF5 cannot open it"):
+        return h5py.File(path, "r", locking="best-effort", rdcc_nbytes=0)

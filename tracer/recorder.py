@@ -1,0 +1,308 @@
+"""Collect what the backends see of a live run and hand whole steps to a writer thread.
+
+Backends add records to the current step; `end_step` puts the step into a queue, and a thread that knows numpy arrays only
+writes it.  Invariants: nothing that goes wrong in here reaches the run (recording stops, with one line on stderr,
+and the run goes on), and nothing in here draws a random number or touches an array of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from tracer.environment import environment
+from tracer.errors import BadUsage, NothingRecorded, TraceError
+from tracer.names import NameMap, Rule
+from tracer.schema import WHOLE_STEP, Phase, Record, Row, State
+from tracer.writer import TraceWriter
+
+# Steps that may wait for the disk; one more makes the run wait, so that memory stays bounded.
+QUEUE_STEPS: Final = 4
+
+# Recorded unless --what says otherwise; `forward` costs as much as the model and is asked for by name.
+DEFAULT_PHASES: Final = frozenset(phase for phase in Phase if phase is not Phase.FORWARD)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordOptions:
+    """What to record, and how.
+
+    `what`: phases.  `steps`: first and last step, inclusive; step 0 is always recorded.  `only`, `omit`: globs over
+    canonical names.  `names`: renaming rules that come before the built-in ones.  `durable`: fsync every step.
+    """
+
+    what: frozenset[Phase] = DEFAULT_PHASES
+    steps: tuple[int, int] | None = None
+    only: tuple[str, ...] = ()
+    omit: tuple[str, ...] = ()
+    names: tuple[Rule, ...] = ()
+    declared: Mapping[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+    durable: bool = False
+
+
+class Recorder:
+    """The recording of one run.  Backends call it on the training thread."""
+
+    def __init__(self, path: str | os.PathLike[str], options: RecordOptions | None = None) -> None:
+        self.options = options or RecordOptions()
+        self.path = Path(path)
+        self.names = NameMap(self.options.names)
+        self.step = 0
+        self.failure = ""
+        self._pid = os.getpid()
+        self._rows: dict[tuple[Phase, int], list[Record]] = {}
+        self._logged: dict[str, Record] = {}
+        self._last_put = -1
+        self._observed: dict[str, Any] = {}
+        self._declared: dict[str, Any] = dict(self.options.declared)
+        self._writer = _WriterThread(
+            TraceWriter(path, env={}, declared={}, overwrite=self.options.overwrite, durable=self.options.durable)
+        )
+        self._closed = False
+
+    @property
+    def active(self) -> bool:
+        """Whether what is added is still being recorded (in this process, not in a fork of it)."""
+        return not self._closed and not self.failure and os.getpid() == self._pid
+
+    @property
+    def steps_recorded(self) -> int:
+        """Optimizer steps handed over so far, without step 0."""
+        return max(0, self._last_put)
+
+    def wants(self, phase: Phase) -> bool:
+        """Whether records of this phase are wanted at the current step; ask before copying anything."""
+        return self.active and phase in self.options.what and self._wants_step()
+
+    def declare(self, settings: Mapping[str, Any]) -> None:
+        """Add declared settings, by dotted key."""
+        self._declared.update(settings)
+
+    def observe(self, key: str, value: Any) -> None:
+        """Note a setting found in a live object (JSON-able).  The first value for a key is kept."""
+        self._observed.setdefault(key, value)
+
+    def add(self, phase: Phase, records: Iterable[Record], micro_batch: int = WHOLE_STEP) -> None:
+        """Add records to the current step.  Their arrays must not change any more."""
+        if self.wants(phase):
+            kept = [record for record in records if self._wants_name(record.name)]
+            self._rows.setdefault((phase, micro_batch), []).extend(kept)
+
+    def log(self, name: str, value: Any) -> None:
+        """Record a named value (number or array) in the `eval` phase of the last step that is complete.
+
+        The same name again replaces the value.  What is not a number is refused with a line on stderr, and recording goes on.
+        """
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiub":
+            print(f"trace: {name!r} is not recorded: numbers are, {array.dtype} is not", file=sys.stderr, flush=True)
+            return
+        if self.active and Phase.EVAL in self.options.what and self._wants_name(name):
+            array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+            self._logged[name] = make_record(self.names, name, array, str(array.dtype))
+
+    def end_step(self) -> None:
+        """Hand the current step to the writer; the first call ends step 0, the state before training."""
+        self._flush_logged()
+        rows = self._rows
+        self._rows = {}
+        if self.active and self._wants_step():
+            observed = dict(self._observed) if self.step else None
+            self._writer.put(_Step(self.step, _rows(self.step, rows), dict(self._declared), observed))
+            self._last_put = self.step
+            if self._writer.failure:
+                self._fail(self._writer.failure)
+        self.step += 1
+
+    def _flush_logged(self) -> None:
+        """Hand over what was logged since the last step; before step 0 is complete it waits."""
+        if self._logged and self._last_put >= 0 and self.active:
+            row = Row(Phase.EVAL, self._last_put, WHOLE_STEP, tuple(self._logged.values()))
+            self._writer.put(_Step(self._last_put, [row], {}, None))
+            self._logged = {}
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Code of ours inside a run of somebody else's: an exception stops the recording, never the run."""
+        if not self.active:
+            # Still run the body: hooks decide for themselves; whatever fails now is of no interest.
+            with contextlib.suppress(Exception):
+                yield
+            return
+        try:
+            yield
+        except TraceError as error:
+            self._fail(error.line())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run must go on
+            if os.environ.get("STEPTRACE_DEBUG"):
+                import traceback
+
+                traceback.print_exc()
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def stop(self, reason: str) -> None:
+        """Stop recording; the run goes on and the file keeps what it has."""
+        self._fail(reason)
+
+    def close(self) -> None:
+        """Finish the file.  Raises NothingRecorded if the run made no optimizer step; safe to call twice."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._flush_logged()
+        self._closed = True
+        interrupted = sys.exc_info()[0] is not None
+        failure = self._writer.close(self.failure)
+        if failure and not self.failure:
+            self._fail(failure)
+        if not self.steps_recorded and not self.failure and not interrupted:
+            raise NothingRecorded(
+                f"{self.path.name}: the program ended without an optimizer step that could be seen",
+                "a step compiled before recording began, or run in another process, cannot be recorded",
+            )
+
+    def _wants_step(self) -> bool:
+        steps = self.options.steps
+        return self.step == 0 or steps is None or steps[0] <= self.step <= steps[1]
+
+    def _wants_name(self, name: str) -> bool:
+        only, omit = self.options.only, self.options.omit
+        if only and not any(fnmatch.fnmatchcase(name, glob) for glob in only):
+            return False
+        return not any(fnmatch.fnmatchcase(name, glob) for glob in omit)
+
+    def _fail(self, reason: str) -> None:
+        if not self.failure:
+            self.failure = reason
+            print(
+                f"trace: recording stopped at step {self.step}: {reason}; the run goes on, "
+                f"the steps before are kept in {self.path.name}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def make_record(names: NameMap, original: str, array: npt.NDArray[Any] | None, dtype: str, **fields: Any) -> Record:
+    """A record under its canonical name, the array seen in canonical layout (a view, not a copy).
+
+    `array`: the run's own layout, bfloat16 as uint16 bits; None with `shape=` (the run's own) for a record without data.
+    """
+    canonical = names(original)
+    shape = tuple(fields.pop("shape", () if array is None else array.shape))
+    if canonical.transform and len(shape) > 1:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+        array = None if array is None else array.swapaxes(-1, -2)
+    transform = canonical.transform if len(shape) > 1 else ""
+    return Record(canonical.name, array, dtype, shape, original, transform, **fields)
+
+
+def _rows(step: int, records: Mapping[tuple[Phase, int], list[Record]]) -> list[Row]:
+    """Rows of a step.  A record that refers to one which was not recorded stands for itself, or is `unrecorded`."""
+    names = {(phase.label, m, record.name) for (phase, m), group in records.items() for record in group}
+    rows = []
+    for (phase, m), group in records.items():
+        kept = tuple(
+            record if not record.alias_of or _target(record.alias_of, m) in names else _on_its_own(record)
+            for record in group
+        )
+        if kept:
+            rows.append(Row(phase, step, m, kept))
+    return rows
+
+
+def _target(alias_of: str, micro_batch: int) -> tuple[str, int, str]:
+    label, _, name = alias_of.partition("/")
+    return label, micro_batch, name
+
+
+def _on_its_own(record: Record) -> Record:
+    if record.data is None:
+        return replace(record, alias_of="", stored=False, state=State.UNRECORDED)
+    return replace(record, alias_of="", stored=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A whole step on its way to the writer thread."""
+
+    number: int
+    rows: list[Row]
+    declared: dict[str, Any]
+    observed: dict[str, Any] | None
+
+
+class _WriterThread:
+    """Owns the file.  Takes steps from a bounded queue; after a failure it keeps emptying the queue."""
+
+    def __init__(self, writer: TraceWriter) -> None:
+        self.failure = ""
+        self._writer = writer
+        self._queue: queue.Queue[_Step | None] = queue.Queue(QUEUE_STEPS)
+        # A daemon, so that a run that dies without closing us does not hang; committed steps are safe anyway.
+        self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, step: _Step) -> None:
+        """Hand a step over; waits while the queue is full."""
+        self._queue.put(step)
+
+    def close(self, reason: str) -> str:
+        """Write what is queued, finish the file; returns why writing failed, or an empty string."""
+        self._queue.put(None)
+        self._thread.join()
+        failure = self.failure or reason
+        self._writer.finish(finished=not failure, reason=failure)
+        return self.failure
+
+    def _work(self) -> None:
+        while (step := self._queue.get()) is not None:
+            if self.failure:
+                continue
+            try:
+                if self._writer.commits == 0:
+                    self._writer.document("env", environment())
+                    self._writer.document("declared", step.declared)
+                self._writer.write_step(step.number, step.rows, step.observed)
+            except TraceError as error:
+                self.failure = str(error)
+            except Exception as error:  # noqa: BLE001 - a thread has nobody above it
+                self.failure = f"{type(error).__name__}: {error}"
+
+
+_current: Recorder | None = None
+
+
+def current() -> Recorder | None:
+    """The recorder that runs in this process, if there is one."""
+    return _current
+
+
+@contextlib.contextmanager
+def recording(path: str | os.PathLike[str], **options: Any) -> Iterator[Recorder]:
+    """Record what trains inside the block; see `tracer.record`.  Raises BadUsage when one is running already."""
+    global _current
+    from tracer.backends import Backends
+
+    if _current is not None:
+        raise BadUsage(f"{_current.path.name} is being recorded already", "one recording at a time in a process")
+    recorder = Recorder(path, RecordOptions(**options))
+    backends = Backends(recorder)
+    _current = recorder
+    try:
+        backends.install()
+        yield recorder
+    finally:
+        _current = None
+        backends.uninstall()
+        recorder.close()
