@@ -22,7 +22,7 @@ from typing import Any, Final
 import click
 
 from tracer.cli.options import Phases, narrowing
-from tracer.errors import BadUsage, NotFound
+from tracer.errors import BadUsage, NotFound, NothingRecorded
 from tracer.recorder import DEFAULT_PHASES, recording
 
 _PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
@@ -77,18 +77,26 @@ def record(output: Path, path_name: str | None, program: tuple[str, ...], **opti
 
 def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]) -> int:
     start = _find_program(program)
-    with recording(
-        output,
-        what=options["what"] or DEFAULT_PHASES,
-        steps=options["steps"],
-        only=options["only"],
-        omit=options["omit"],
-        names=_user_names(),
-        overwrite=options["force"],
-        durable=options["durable"],
-    ) as recorder:
-        code = _exit_code(start)
-        sys.stdout.flush()
+    code = 0
+    try:
+        with recording(
+            output,
+            what=options["what"] or DEFAULT_PHASES,
+            steps=options["steps"],
+            only=options["only"],
+            omit=options["omit"],
+            names=_user_names(),
+            overwrite=options["force"],
+            durable=options["durable"],
+        ) as recorder:
+            code = _exit_code(start)
+            sys.stdout.flush()
+    except NothingRecorded as error:
+        if code == 0:
+            raise
+        # The program failed before it could train: its own exit code says more than ours.
+        print(f"trace: {error.line()}", file=sys.stderr)
+        return code
     _report(recorder.path, recorder.steps_recorded)
     return code
 
@@ -142,15 +150,21 @@ def _shell_code(code: int) -> int:
 
 
 def _split_interpreter(program: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """Leading `python` -> (its path, the rest); nothing to split -> (None, the program)."""
-    if not _PYTHON.search(Path(program[0]).name):
+    """Split a leading interpreter off: (its path, the rest).
+
+    A bare `python` means the one that runs us, so that `.venv/bin/trace record -- python x.py` needs no activated
+    environment; one that is given with a folder means just that one.
+    """
+    first = program[0]
+    if not _PYTHON.search(Path(first).name):
         return None, program
-    python = shutil.which(program[0])
-    if python is None:
-        raise NotFound(f"{program[0]} was not found", "check the name of the interpreter")
     if len(program) == 1:
         raise BadUsage("an interpreter was given, and nothing to run", "trace record -o run.h5 -- python train.py")
-    return str(Path(python).absolute()), program[1:]
+    if Path(first).name == first:
+        return None, program[1:]
+    if not Path(first).is_file():
+        raise NotFound(f"{first} was not found", "check the path of the interpreter")
+    return str(Path(first).absolute()), program[1:]
 
 
 def _find_program(program: tuple[str, ...]) -> Callable[[], object]:
