@@ -79,16 +79,21 @@ class _ImportWatcher(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.wanted:
             return None
-        self.wanted -= {fullname}
+        # Looking for a module is not importing it: it stays wanted until it has been executed.
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _NotifyingLoader(spec.loader, self._imported)
+                    spec.loader = _NotifyingLoader(spec.loader, self._executed)
                 return spec
         return None
+
+    def _executed(self, module: str) -> None:
+        if module in self.wanted:
+            self.wanted -= {module}
+            self._imported(module)
 
 
 class _NotifyingLoader(importlib.abc.Loader):

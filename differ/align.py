@@ -1,0 +1,206 @@
+"""Line up the records of two rows by canonical name, whatever order and layout either side has.
+
+`Rows` gives a trace's rows under the names that the comparison uses: canonical, then renamed by the user's own rules.
+Nothing is guessed: a name without a counterpart is reported with the nearest candidates and never paired with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tracer.dtypes import DTYPES, to_float64
+from tracer.errors import BadConfig
+from tracer.names import TRANSPOSED, Rule, apply_rules
+from tracer.reader import Layout, RowView, Trace
+from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
+
+# Elements that are converted to float64 at a time, so that a comparison needs no second copy of a large tensor.
+BLOCK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of a layout as the comparison uses them: name -> position, and the positions that a rule transposes."""
+
+    positions: Mapping[str, int]
+    transposed: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of one trace under the comparison's names."""
+
+    view: RowView
+    names: Names
+
+    @property
+    def positions(self) -> Mapping[str, int]:
+        """Name -> position of the record."""
+        return self.names.positions
+
+    def entry(self, name: str) -> IndexEntry:
+        """Index entry of a record; its shape is the recorded one (see `shape`)."""
+        return self.view.layout.entries[self.positions[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a record, the user's transposition applied."""
+        shape = self.entry(name).shape
+        if self.positions[name] in self.names.transposed:
+            return (*shape[:-2], shape[-1], shape[-2])
+        return shape
+
+    def state(self, name: str) -> State:
+        """State of a record."""
+        return self.view.state(self.positions[name])
+
+    def digest(self, name: str) -> bytes:
+        """Digest of a record's bytes; empty where a transposition makes digests incomparable."""
+        i = self.positions[name]
+        return b"" if i in self.names.transposed else self.view.digests[i].tobytes()
+
+    def l2(self, name: str) -> float:
+        """L2 norm of a record's finite elements, from the recorded statistics."""
+        return float(self.view.stats[self.positions[name], 0])
+
+    def stored(self, name: str) -> bool:
+        """Whether the tensor can be read, as opposed to its digest and statistics only."""
+        return self.entry(name).stored and self.state(name) in (State.VALUE, State.ZERO)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a record; raises Damaged."""
+        i = self.positions[name]
+        values = self.view.read(i)
+        if i in self.names.transposed:
+            values = np.ascontiguousarray(np.swapaxes(values, -1, -2))
+        return Tensor(values, self.entry(name).dtype)
+
+    def scalar(self, name: str) -> float | None:
+        """A one-element record as a number; None if there is none of that name, or no value in it."""
+        if name not in self.positions or not self.stored(name):
+            return None
+        values = self.read(name).block(0, 1)
+        return float(values[0]) if values.size else None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A record's tensor as stored (bfloat16 as bits); `block` gives float64 pieces of it in canonical order."""
+
+    stored: npt.NDArray[Any]
+    dtype: str
+
+    @cached_property
+    def _flat(self) -> npt.NDArray[Any]:
+        return self.stored.reshape(-1)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stored.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Canonical shape."""
+        return self.stored.shape
+
+    def block(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """Elements start..stop as float64, 1-D."""
+        return to_float64(self._flat[start:stop], self.dtype)
+
+    def blocks(self) -> range:
+        """Starts of the blocks of `BLOCK` elements."""
+        return range(0, self.size, BLOCK)
+
+    def raw(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements start..stop as stored."""
+        return self._flat[start:stop]
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
+        """A tensor of zeros that takes no memory: an optimizer's state before its first step."""
+        return Tensor(np.broadcast_to(np.zeros((), DTYPES[dtype]), shape), dtype)
+
+
+class Rows:
+    """The rows of one trace, under the names that the comparison uses."""
+
+    def __init__(self, trace: Trace, rules: tuple[Rule, ...] = ()) -> None:
+        self.trace = trace
+        self._rules = rules
+        self._names: dict[bytes, Names] = {}
+        self._memory: dict[tuple[object, ...], Any] = {}
+
+    def get(self, phase: Phase, step: int, micro_batch: int = WHOLE_STEP) -> Row | None:
+        """One row, or None if it was not recorded."""
+        view = self.trace.row(phase, step, micro_batch)
+        return None if view is None else Row(view, self._layout_names(view.layout))
+
+    def remember(self, key: tuple[object, ...], compute: Callable[[], Any]) -> Any:
+        """A small derived value, computed once."""
+        if key not in self._memory:
+            self._memory[key] = compute()
+        return self._memory[key]
+
+    def _layout_names(self, layout: Layout) -> Names:
+        known = self._names.get(layout.digest)
+        if known is None:
+            known = self._names[layout.digest] = _rename(layout, self._rules)
+        return known
+
+
+def _rename(layout: Layout, rules: tuple[Rule, ...]) -> Names:
+    if not rules:
+        return Names(layout.positions, frozenset())
+    positions: dict[str, int] = {}
+    transposed = set()
+    for i, entry in enumerate(layout.entries):
+        parameter, slash, kind = entry.name.partition("/")
+        canonical = apply_rules(parameter, rules)
+        name = canonical.name + slash + kind
+        if name in positions:
+            raise BadConfig(f"the name rules give two records of {layout.phase.label} the name {name}")
+        positions[name] = i
+        if canonical.transform == TRANSPOSED and len(entry.shape) >= 2:
+            transposed.add(i)
+    return Names(positions, frozenset(transposed))
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Names of two rows: on both sides (in a's order), on one side only."""
+
+    common: tuple[str, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Aligner:
+    """Pairs the names of two rows and remembers the answer: the same layouts come again at every step."""
+
+    _known: dict[tuple[bytes, bytes], Pairing] = field(default_factory=dict)
+
+    def pair(self, a: Row, b: Row) -> Pairing:
+        """Pairing of two rows."""
+        key = (a.view.layout.digest, b.view.layout.digest)
+        pairing = self._known.get(key)
+        if pairing is None:
+            pairing = self._known[key] = Pairing(
+                tuple(name for name in a.positions if name in b.positions),
+                tuple(name for name in a.positions if name not in b.positions),
+                tuple(name for name in b.positions if name not in a.positions),
+            )
+        return pairing
+
+
+def nearest(name: str, candidates: tuple[str, ...], limit: int = 3) -> tuple[str, ...]:
+    """Names that look like `name`, best first; for a report, never for a pairing."""
+    import difflib  # slow to import, and needed only for a name without a counterpart
+
+    return tuple(difflib.get_close_matches(name, candidates, n=limit, cutoff=0.75))

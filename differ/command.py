@@ -1,0 +1,127 @@
+"""`trace diff A B`: options in, a report on stdout, the verdict as exit code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound
+
+
+@click.command("diff", short_help="Name the first divergence of two traces, and why.")
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--policy", type=click.Path(path_type=Path), help="TOML file with tolerances over the defaults.")
+@click.option("--map", "name_map", type=click.Path(path_type=Path), help="TOML file with [names] rules: regex = replacement.")
+@click.option("--only", multiple=True, metavar="GLOB", help="Compare only records whose name matches (repeatable).")
+@click.option("--omit", multiple=True, metavar="GLOB", help="Leave out records whose name matches (repeatable).")
+@click.option("--steps", metavar="A:B", help="Compare steps A to B only; `3` is one step, `:5` up to 5. Step 0 is init.")
+@click.option("--phases", metavar="LIST", help="Report only these phases, separated by commas.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Kind of report.")
+@click.option("--exit-zero", is_flag=True, help="Exit 0 even when the traces diverged.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
+@click.pass_context
+def diff(
+    ctx: click.Context,
+    a: Path,
+    b: Path,
+    policy: Path | None,
+    name_map: Path | None,
+    only: tuple[str, ...],
+    omit: tuple[str, ...],
+    steps: str | None,
+    phases: str | None,
+    form: str,
+    exit_zero: bool,
+    quiet: bool,
+) -> None:
+    """Compare two traces and name the first step, phase and parameter at which they diverge.
+
+    Exit code: 0 the same, 1 diverged, 2 no answer (nothing in common, or a file that cannot be read).
+
+    \b
+    Example:
+      trace diff pytorch.h5 mlx.h5
+      trace diff a.h5 b.h5 --steps 1:5 --phases grad,param --format json
+    """
+    from differ.engine import diff as compare
+    from differ.options import DiffOptions
+    from differ.policy import default_policy, load_policy
+    from differ.reporters import Style, reporter
+    from differ.result import Verdict
+
+    options = DiffOptions(
+        policy=load_policy(policy) if policy is not None else default_policy(),
+        rules=_rules(name_map),
+        only=only,
+        omit=omit,
+        steps=_steps(steps),
+        phases=_phases(phases),
+    )
+    result = compare(a, b, options)
+    if not quiet:
+        style = Style(width=shutil.get_terminal_size((100, 24)).columns, colour=_colour())
+        click.echo(reporter(form)(result, style), nl=False, color=style.colour)
+    if exit_zero and result.verdict is Verdict.DIVERGED:
+        ctx.exit(0)
+    ctx.exit(result.verdict.exit_code)
+
+
+def _colour() -> bool:
+    """Colour only on a real terminal; NO_COLOR wins over everything."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _rules(path: Path | None) -> Any:
+    from tracer.names import parse_rules
+
+    if path is None:
+        return ()
+    import tomllib
+
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise NoPermission(f"{path} may not be read", "mend its permissions (chmod u+r)") from error
+    except OSError as error:
+        raise NotFound(f"name map {path} cannot be opened: {error.strerror or error}", "check the name") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"name map {path} is not TOML: {error}") from error
+    table = document.get("tool", {}).get("trace", {}).get("names", document.get("names"))
+    if not isinstance(table, dict):
+        raise BadConfig(f"name map {path} has no table of names", 'write [names] and "regex" = "replacement"')
+    try:
+        return parse_rules(table)
+    except ValueError as error:
+        raise BadConfig(f"{path}: {error}") from error
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    low, colon, high = text.partition(":")
+    try:
+        first = int(low) if low else 0
+        last = int(high) if high else first if not colon else sys.maxsize
+    except ValueError as error:
+        raise BadUsage(f"--steps {text} is not a range", "write 1:5, 3, or 2:") from error
+    if first < 0 or last < first:
+        raise BadUsage(f"--steps {text} is an empty range", "write the smaller number first")
+    return first, last
+
+
+def _phases(text: str | None) -> Any:
+    from tracer.schema import Phase
+
+    if text is None:
+        return None
+    try:
+        return frozenset(Phase.parse(word.strip()) for word in text.split(","))
+    except KeyError as error:
+        known = ", ".join(phase.label for phase in Phase)
+        raise BadUsage(f"--phases: there is no phase {error.args[0].lower()}", f"use {known}") from error

@@ -1,0 +1,192 @@
+"""Compare two traces: align, compare, judge, locate, explain, step by step, one record in memory at a time.
+
+Order is causal: steps, then phases, then micro-batches.  Rows with equal seals hold the same bits and are not read, not
+even their index; records with equal digests are not read either.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from differ.align import Rows
+from differ.causes import explain
+from differ.collect import Collector
+from differ.causes.context import Context
+from differ.inputs import Inputs
+from differ.options import DiffOptions
+from differ.result import Cause, DiffResult, Finding, Kind, PolicyUsed, Side, Verdict
+from differ.rows import compare_rows, missing_row
+from differ.runs import label, model_dtype
+from differ.session import RowPair, Session
+from differ.tally import Tally
+from tracer.dtypes import coarser
+from tracer.reader import Trace, open_trace
+from tracer.schema import Phase
+
+Source = str | os.PathLike[str] | Trace
+
+PHASES = tuple(phase for phase in Phase if phase is not Phase.CONFIG)
+
+
+def diff(a: Source, b: Source, options: DiffOptions | None = None) -> DiffResult:
+    """Compare two traces, given as paths or open.
+
+    Raises a `tracer.errors.TraceError` for a file that cannot be read, and Damaged for one whose bytes do not match their
+    digests.  Traces with nothing in common give the verdict `incomparable`, not an error.
+    """
+    with ExitStack() as stack:
+        first, second = (
+            source if isinstance(source, Trace) else stack.enter_context(open_trace(Path(source))) for source in (a, b)
+        )
+        # Runs that went to nan are compared like any other; every measure here says itself what is not finite.
+        with np.errstate(all="ignore"):
+            return _Engine(first, second, options or DiffOptions()).run()
+
+
+class _Engine:
+    """One comparison from start to end."""
+
+    def __init__(self, a: Trace, b: Trace, options: DiffOptions) -> None:
+        rows = Rows(a, options.rules), Rows(b, options.rules)
+        self.collector = Collector(options) if options.series else None
+        if self.collector is not None:
+            options = replace(options, probe=self.collector.measured)
+        self.a, self.b, self.options = a, b, options
+        self.tally = Tally(options)
+        dtype = coarser(model_dtype(a), model_dtype(b))
+        self.session = Session(*rows, options, self.tally, dtype, Inputs(*rows))
+
+    def run(self) -> DiffResult:
+        """Walk through the steps and put the result together."""
+        self._note_phases()
+        end = self._common_end()
+        for step in sorted({*self.a.steps, *self.b.steps}):
+            if not self.options.wants_step(step):
+                continue
+            if step > end:
+                self._count_rest(step)
+            elif step in self.a.steps and step in self.b.steps:
+                self._compare_step(step)
+            else:
+                self._find_missing_step(step)
+        return self._result()
+
+    def _compare_step(self, step: int) -> None:
+        self.session.step_blocked = False
+        self.tally.steps += step > 0
+        for phase in PHASES:
+            in_a, in_b = self.a.micro_batches(phase, step), self.b.micro_batches(phase, step)
+            for micro_batch in sorted({*in_a, *in_b}):
+                self._compare_row(phase, step, micro_batch)
+
+    def _compare_row(self, phase: Phase, step: int, micro_batch: int) -> None:
+        a, b = self.session.a.get(phase, step, micro_batch), self.session.b.get(phase, step, micro_batch)
+        if a is not None and b is not None:
+            compare_rows(self.session, RowPair(phase, step, micro_batch, a, b))
+        elif (present := a or b) is not None:
+            missing_row(self.session, present, in_a=a is not None)
+        if self.collector is not None:
+            self.collector.row(phase, step, a, b, self.tally)
+
+    def _common_end(self) -> int:
+        """The last step to compare: an unfinished trace ends where it ends, and that is no finding."""
+        ends = [trace.last_step for trace in (self.a, self.b) if not trace.finished]
+        return min(ends, default=max(self.a.last_step, self.b.last_step))
+
+    def _count_rest(self, step: int) -> None:
+        for trace in (self.a, self.b):
+            for phase in PHASES:
+                for micro_batch in trace.micro_batches(phase, step):
+                    row = trace.row(phase, step, micro_batch)
+                    self.tally.left_out(phase, row.layout.records if row is not None else 0)
+
+    def _find_missing_step(self, step: int) -> None:
+        trace, kind = (self.a, Kind.MISSING_B) if step in self.a.steps else (self.b, Kind.MISSING_A)
+        phase = next((phase for phase in PHASES if trace.micro_batches(phase, step)), None)
+        if phase is None:
+            return
+        known = not self.session.first_time("step", kind)
+        if known:
+            self.tally.repeated(phase, "")
+            return
+        other = self.b if kind is Kind.MISSING_B else self.a
+        side = "b" if kind is Kind.MISSING_B else "a"
+        detail = f"{side} has no step {step}; it has {_span(other.steps)}"
+        self.tally.find(Finding(step, phase.label, None, kind, detail=detail))
+
+    def _note_phases(self) -> None:
+        """Phases that one side did not record at all, and a side that was cut off."""
+        for side, trace, other in (("a", self.a, self.b), ("b", self.b, self.a)):
+            for phase in sorted(set(trace.phases) - set(other.phases)):
+                lacks = "b" if side == "a" else "a"
+                summary = f"{phase.label} is recorded in {side} only; {lacks} was not asked for it, or has none"
+                self.tally.note(Cause("phase.unrecorded", summary, side=lacks, phase=phase.label))
+            if not trace.finished:
+                reason = str(trace.end.get("reason") or "it was cut off")
+                summary = f"{side} is unfinished: ends after step {trace.last_step} ({reason})"
+                self.tally.note(Cause("unfinished", summary, side=side, step=trace.last_step))
+
+    def _result(self) -> DiffResult:
+        findings = self.tally.ordered()
+        first = findings[0] if findings else None
+        verdict = Verdict.DIVERGED if findings else Verdict.SAME
+        if self.tally.compared + self.tally.propagated == 0:
+            verdict = Verdict.INCOMPARABLE
+        context = Context(self.session.a, self.session.b, findings, tuple(self.tally.notes))
+        explanation = explain(context, verdict)
+        worst = self.tally.worst
+        before = self.tally.before(first) if first is not None else None
+        if before is not None and first is not None and 0 < first.step <= 1 and not explanation.settings:
+            before = replace(before, phases=(Phase.CONFIG.label, *before.phases))
+        return DiffResult(
+            a=_side(self.a),
+            b=_side(self.b),
+            policy=PolicyUsed(self.options.policy.file or None, self.session.dtype),
+            verdict=verdict,
+            first=first,
+            causes=explanation.causes,
+            notes=(*self.tally.notes, *self._repeats(), *explanation.notes),
+            counts=self.tally.counts(),
+            margin=worst.margin if worst is not None else 0.0,
+            worst=worst,
+            before=before,
+            findings=findings,
+            series=None if self.collector is None else self.collector.build(findings),
+        )
+
+    def _repeats(self) -> list[Cause]:
+        """One note a phase for what was found once and goes on."""
+        notes = []
+        for phase in PHASES:
+            names = sorted(name for (at, name), _ in self.tally.repeats.items() if at is phase)
+            if names:
+                total = sum(count for (at, _), count in self.tally.repeats.items() if at is phase)
+                summary = f"{phase.label}: the divergence goes on, {total:,} more records differ"
+                parameters = {"records": total}
+                notes.append(Cause("repeated", summary, phase=phase.label, names=tuple(names), parameters=parameters))
+        return notes
+
+
+def _side(trace: Trace) -> Side:
+    updates = sum(1 for step in trace.steps if step > 0)
+    return Side(
+        str(trace.path),
+        label(trace),
+        trace.tool,
+        trace.format,
+        trace.finished,
+        updates,
+        trace.last_step,
+        model_dtype(trace),
+    )
+
+
+def _span(steps: tuple[int, ...]) -> str:
+    """Steps in words: `steps 0 to 3`."""
+    gaps = len(steps) != steps[-1] - steps[0] + 1
+    return f"{len(steps)} steps between {steps[0]} and {steps[-1]}" if gaps else f"steps {steps[0]} to {steps[-1]}"

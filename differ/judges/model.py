@@ -1,0 +1,99 @@
+"""Judge what the model computes: module outputs, losses, gradients, evaluations.
+
+Their function is the model, which is not replayed here, so the two sides are compared with each other, and only as far
+as their inputs agree: the tolerance grows with the distance of the parameters, and where the batch, the frozen weights
+or the parameters are too far apart the difference is propagated.
+
+    relative error of a tensor   |a - b| / max(|a|, |b|, 1e-6 * norm of the whole phase)
+    relative error of a loss     |a - b| / max(|a|, |b|, 1): logits have rounding noise that a small loss does not shrink
+    gradient noise               base / min(1, loss): p - 1 loses digits as the loss gets small
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from differ.compare import distance
+from differ.inputs import InputDistance
+from differ.policy import Tolerance
+from differ.session import RowPair, Session, value_finding
+from tracer.schema import Phase
+
+# Tensors smaller than this share of the phase's norm hold noise only.
+NOISE_SHARE: Final = 1e-6
+LOSS_FLOOR: Final = 1.0
+# A loss below this is all rounding noise; the gradient's noise is not divided by less.
+SMALLEST_LOSS: Final = 1e-6
+
+
+def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
+    """Compare outputs of the model across the two sides, given their inputs."""
+    if session.model_blocked or session.step_blocked:
+        session.tally.explained(pair.phase, len(names))
+        return
+    # An evaluation comes after the update.
+    inputs = session.inputs.before(pair.step + 1 if pair.phase is Phase.EVAL else pair.step)
+    floor = _floor(pair)
+    amplify = 1.0 / _loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
+    repeats = not session.first_step_of(pair.phase, pair.step)
+    diverged = False
+    for name in names:
+        if pair.phase is Phase.FORWARD and diverged:
+            session.tally.explained(pair.phase)  # modules run in order: the rest got what this one made
+            continue
+        diverged |= _judge_one(session, pair, name, inputs, floor=floor, amplify=amplify, repeats=repeats)
+    if diverged:
+        session.diverged_at.setdefault(pair.phase, pair.step)
+        session.step_blocked = session.step_blocked or pair.phase is not Phase.EVAL
+
+
+def _judge_one(
+    session: Session, pair: RowPair, name: str, inputs: InputDistance | None, *, floor: float, amplify: float, repeats: bool
+) -> bool:
+    """Judge one record; returns whether it differs beyond tolerance."""
+    tolerance = session.tolerance(pair, name)
+    apart = input_distance(pair.phase, name, inputs, tolerance)
+    allowed = tolerance.at(apart) + (amplify - 1.0) * tolerance.base
+    if apart > tolerance.bound or allowed >= 1.0:
+        session.tally.explained(pair.phase)
+        return False
+    a, b = pair.a.read(name), pair.b.read(name)
+    measured = distance(a, b)
+    observed = measured.rel_l2(floor)
+    if observed <= allowed and measured.nonfinite < 0:
+        session.measured(pair, name, observed, allowed, distance=apart)
+        return False
+    if repeats:
+        session.tally.repeated(pair.phase, name)
+        return True
+    session.measured(pair, name, observed, allowed, distance=apart, diverged=True)
+    session.tally.find(value_finding(pair, name, measured, (a, b), observed=observed, tolerance=allowed, required=observed))
+    return True
+
+
+def input_distance(phase: Phase, name: str, inputs: InputDistance | None, tolerance: Tolerance) -> float:
+    """Distance of a record's inputs; where the parameters were not recorded, the largest that is still judged."""
+    if inputs is None:
+        return tolerance.bound if math.isfinite(tolerance.bound) else 0.0
+    return inputs.of_gradient(name) if phase in (Phase.GRAD, Phase.CLIPPED_GRAD, Phase.OPT_STATE) else inputs.model
+
+
+def _floor(pair: RowPair) -> float:
+    if pair.phase is not Phase.GRAD:
+        return LOSS_FLOOR if pair.phase in (Phase.LOSS, Phase.EVAL) else 0.0
+    sides = [math.hypot(*(float(l2) for l2 in row.view.stats[:, 0])) for row in (pair.a, pair.b)]
+    return NOISE_SHARE * max(sides)
+
+
+def _loss(session: Session, step: int) -> float:
+    """The smaller of the two sides' mean losses of a step, at most 1; 1 where none was recorded."""
+    means = []
+    for rows in (session.a, session.b):
+        found = [rows.get(Phase.LOSS, step, m) for m in rows.trace.micro_batches(Phase.LOSS, step)]
+        values = [row.scalar("loss") for row in found if row is not None]
+        numbers = [abs(value) for value in values if value is not None and math.isfinite(value)]
+        if numbers:
+            means.append(sum(numbers) / len(numbers))
+    return max(SMALLEST_LOSS, min([1.0, *means]))

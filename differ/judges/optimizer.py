@@ -1,0 +1,261 @@
+"""Judge `opt_state` and `param` by replay: which optimizer rule gives each side's state and parameters from its own inputs.
+
+Both sides under one rule, tensor by tensor: whatever differs came in with the gradients, the state or the settings, and is
+judged there.  No rule in common: one finding for each set of aspects in which the rules differ, at the tensor with the
+largest difference.  A side that has followed a rule and leaves it for one tensor is a finding whatever happened before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from differ.align import Row
+from differ.compare import distance
+from differ.judges.across import judge_across, waived
+from differ.judges.clip import largest_difference
+from differ.replay.fit import Fit
+from differ.replay.gather import moment_inputs, update_inputs
+from differ.replay.optimizer import (
+    ORDER,
+    SENTENCES,
+    MomentInputs,
+    Rule,
+    UpdateInputs,
+    differing_aspects,
+)
+from differ.result import Cause, Finding
+from differ.session import RowPair, Session, value_finding
+from tracer.dtypes import is_float
+from tracer.schema import Phase
+
+Inputs = UpdateInputs | MomentInputs
+
+
+@dataclass(slots=True)
+class SideFit:
+    """How one side's tensor follows: rules that fit with their margins, and the nearest fit where none does.
+
+    `tried`: its inputs were recorded.  `moved`: it changed at all, so that following a rule says something.
+    """
+
+    rules: dict[Rule, float] = field(default_factory=dict)
+    nearest: Fit | None = None
+    tried: bool = False
+    moved: bool = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Both sides of one tensor."""
+
+    name: str
+    a: SideFit
+    b: SideFit
+
+    @property
+    def common(self) -> Rule | None:
+        """The rule that gives both sides, the tightest one."""
+        shared = [how for how in self.a.rules if how in self.b.rules]
+        return min(shared, key=lambda how: (max(self.a.rules[how], self.b.rules[how]), ORDER[how]), default=None)
+
+    @property
+    def margin(self) -> float:
+        """Margin of the common rule."""
+        how = self.common
+        return 0.0 if how is None else max(self.a.rules[how], self.b.rules[how])
+
+
+def judge_param(session: Session, pair: RowPair, names: Sequence[str]) -> None:
+    """Parameters after the update."""
+    _judge(session, pair, names)
+
+
+def judge_opt_state(session: Session, pair: RowPair, names: Sequence[str]) -> None:
+    """Moments and momentum by replay; counters exactly; what an unknown optimizer keeps across the sides."""
+    counters = [name for name in names if not is_float(pair.a.entry(name).dtype)]
+    for name in counters:
+        _judge_counter(session, pair, name)
+    tensors = [name for name in names if name not in set(counters)]
+    if pair.step == 0:
+        for name in tensors:
+            judge_across(session, pair, name)
+        return
+    _judge(session, pair, tensors)
+
+
+def _judge(session: Session, pair: RowPair, names: Sequence[str]) -> None:
+    likely: list[Rule] = []
+    outcomes = []
+    for name in names:
+        outcome = Outcome(name, SideFit(), SideFit())
+        _fit_both(session, pair, outcome, likely)
+        if outcome.common is not None and outcome.common not in likely:
+            likely.insert(0, outcome.common)
+        outcomes.append(outcome)
+    family = pair.phase.label
+    for side in "ab":
+        if any(getattr(outcome, side).rules and getattr(outcome, side).moved for outcome in outcomes):
+            session.followed[side].add(family)
+    apart: list[Outcome] = []
+    for outcome in outcomes:
+        if outcome.common is not None:
+            session.measured(pair, outcome.name, outcome.margin, 1.0)
+        elif not (outcome.a.tried and outcome.b.tried):
+            _note_not_replayed(session, pair, outcome)
+            judge_across(session, pair, outcome.name)
+        elif _unknown(session, family, outcome):
+            _note_unknown(session, pair, "".join(s for s in "ab" if not getattr(outcome, s).rules))
+            judge_across(session, pair, outcome.name)
+        elif not waived(session, pair, outcome.name):
+            apart.append(outcome)
+    _find_apart(session, pair, apart)
+
+
+def _unknown(session: Session, family: str, outcome: Outcome) -> bool:
+    """Whether the optimizer is one that is not known here: neither side fits, or one that never has."""
+    if not outcome.a.rules and not outcome.b.rules:
+        return True
+    return any(not getattr(outcome, side).rules and family not in session.followed[side] for side in "ab")
+
+
+def _fit_both(session: Session, pair: RowPair, outcome: Outcome, likely: Sequence[Rule]) -> None:
+    """Try the rules that fitted other tensors first; all of them only if no such rule gives both sides."""
+    a = _inputs(session, pair, pair.a, outcome.name, "a")
+    b = _inputs(session, pair, pair.b, outcome.name, "b")
+    outcome.a.tried, outcome.b.tried = a is not None, b is not None
+    if a is None or b is None:
+        return
+    outcome.a.moved, outcome.b.moved = (not distance(x.before, x.after).equal for x in (a, b))
+    for how in likely:
+        _try(session, a, how, outcome.a)
+        _try(session, b, how, outcome.b)
+        if outcome.common is not None:
+            return
+    for inputs, side in ((a, outcome.a), (b, outcome.b)):
+        for how in inputs.rules:
+            if how not in side.rules:
+                _try(session, inputs, how, side)
+
+
+def _inputs(session: Session, pair: RowPair, row: Row, name: str, side: str) -> Inputs | None:
+    rows = session.a if side == "a" else session.b
+    return update_inputs(rows, row, name) if pair.phase is Phase.PARAM else moment_inputs(rows, row, name)
+
+
+def _try(session: Session, inputs: Inputs, how: Rule, side: SideFit) -> None:
+    if how not in inputs.rules:
+        return
+    tolerance = session.policy.replay(inputs.after.dtype)
+    fit = inputs.fit(how, tolerance)
+    if fit.ok:
+        side.rules[how] = fit.margin
+    elif side.nearest is None or fit.margin < side.nearest.margin:
+        side.nearest = fit
+
+
+def _judge_counter(session: Session, pair: RowPair, name: str) -> None:
+    """`step` and the like: equal numbers; a difference goes on for ever, so it is found once."""
+    a, b = pair.a.read(name), pair.b.read(name)
+    measured = distance(a, b)
+    if measured.equal:
+        session.measured(pair, name, 0.0, 0.0)
+    elif not session.first_time(pair.phase, name):
+        session.tally.repeated(pair.phase, name)
+    else:
+        session.measured(pair, name, measured.max_abs, 0.0, diverged=True)
+        session.tally.find(
+            value_finding(pair, name, measured, (a, b), observed=None, tolerance=0.0, required=measured.max_abs)
+        )
+
+
+def _note_not_replayed(session: Session, pair: RowPair, outcome: Outcome) -> None:
+    for side in "ab":
+        if not getattr(outcome, side).tried:
+            summary = f"{side} did not record what {pair.phase.label} is replayed from; compared across the sides"
+            session.note_once(Cause("rule.unrecorded", summary, side=side, step=pair.step, phase=pair.phase.label))
+
+
+def _note_unknown(session: Session, pair: RowPair, sides: str) -> None:
+    for side in sides:
+        summary = f"{side} follows no known optimizer rule in {pair.phase.label}"
+        session.note_once(Cause("rule.unknown", summary, side=side, step=pair.step, phase=pair.phase.label))
+
+
+def _find_apart(session: Session, pair: RowPair, apart: Sequence[Outcome]) -> None:
+    """Group tensors by the aspects that differ; one finding a group, unless an earlier one said the same."""
+    groups: dict[frozenset[str], list[Outcome]] = {}
+    for outcome in apart:
+        groups.setdefault(_aspects(outcome), []).append(outcome)
+    for aspects, outcomes in groups.items():
+        # Decay that is added to the gradient shows in the moments and, by its absence, in the parameters: one thing.
+        key = ("optimizer", aspects) if aspects else ("unruled", pair.phase)
+        if not session.first_time(*key):
+            for outcome in outcomes:
+                session.tally.repeated(pair.phase, outcome.name)
+            continue
+        _find_group(session, pair, outcomes)
+
+
+def _aspects(outcome: Outcome) -> frozenset[str]:
+    """The fewest aspects in which a rule of a differs from a rule of b; empty where a side has none."""
+    pairs = [differing_aspects(x, y) for x in outcome.a.rules for y in outcome.b.rules]
+    return min(pairs, key=lambda aspects: (len(aspects), sorted(aspects)), default=frozenset())
+
+
+def _find_group(session: Session, pair: RowPair, outcomes: Sequence[Outcome]) -> None:
+    name, measured = largest_difference(pair, [outcome.name for outcome in outcomes])
+    outcome = next(outcome for outcome in outcomes if outcome.name == name)
+    observed = measured.rel_l2()
+    tolerance = session.policy.replay(pair.dtype(name))
+    allowed = tolerance.relative
+    session.measured(pair, name, observed, allowed, diverged=True)
+    session.tally.explained(pair.phase, len(outcomes) - 1)
+    stray = _stray(outcome)
+    finding: Finding = value_finding(
+        pair, name, measured, (pair.a.read(name), pair.b.read(name)), observed=observed, tolerance=allowed,
+        required=observed, at=stray.at if stray is not None and stray.residual2 > 0.0 else None,
+        detail=_describe(outcome),
+    )  # fmt: skip
+    session.tally.find(finding)
+    for side, fit in (("a", outcome.a), ("b", outcome.b)):
+        if fit.rules:
+            choices = dict(_shown(outcome, side))
+            summary = f"{side} applies " + ", ".join(SENTENCES[item] for item in sorted(choices.items()))
+            session.note_once(
+                Cause("rule", summary, side=side, step=pair.step, phase=pair.phase.label, parameters=choices)
+            )
+
+
+def _stray(outcome: Outcome) -> Fit | None:
+    """Nearest fit of the side that follows no rule, if exactly one does not."""
+    if bool(outcome.a.rules) == bool(outcome.b.rules):
+        return None
+    return outcome.b.nearest if outcome.a.rules else outcome.a.nearest
+
+
+def _shown(outcome: Outcome, side: str) -> Rule:
+    """The aspects to print of one side's rule: those that differ, or all where the other side has no rule."""
+    mine, other = (outcome.a, outcome.b) if side == "a" else (outcome.b, outcome.a)
+    if not other.rules:
+        return min(mine.rules, key=ORDER.__getitem__)
+    best = min(
+        ((x, y) for x in mine.rules for y in other.rules),
+        key=lambda both: (len(differing_aspects(*both)), ORDER[both[0]] + ORDER[both[1]], ORDER[both[0]]),
+    )
+    aspects = differing_aspects(*best)
+    return tuple(item for item in best[0] if item[0] in aspects)
+
+
+def _describe(outcome: Outcome) -> str:
+    """One sentence on both sides."""
+    parts = []
+    for side, fit, other in (("a", outcome.a, outcome.b), ("b", outcome.b, outcome.a)):
+        if fit.rules and other.rules:
+            parts.append(f"{side}: " + ", ".join(SENTENCES[item] for item in _shown(outcome, side)))
+        elif fit.rules:
+            parts.append(f"{side} follows from its own inputs")
+        elif fit.nearest is not None:
+            numbers = f"recorded {fit.nearest.recorded:.9g}, replayed {fit.nearest.expected:.9g}"
+            parts.append(f"{side} does not follow from its own inputs ({numbers})")
+    return "; ".join(parts)

@@ -1,0 +1,166 @@
+"""Compare two rows: structure first (names, states, shapes), then digests, and what still differs goes to its judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from differ.align import Row, nearest
+from differ.inputs import LORA_A, LORA_SCALE
+from differ.judges import JUDGES
+from differ.result import Finding, Kind
+from differ.session import RowPair, Session, structural_key, structure_finding
+from tracer.names import split_state_name
+from tracer.schema import REPORTED_PREFIX, RNG_PREFIX, WHOLE_STEP, Phase, State
+
+# Records that are shown and never judged.
+UNJUDGED: Final = (RNG_PREFIX, REPORTED_PREFIX)
+# What only some frameworks are given in a batch; on one side only it is no divergence.
+OPTIONAL_IN_BATCH: Final = ("attention_mask", "position_ids", "args.")
+# Phases whose records are outputs of the model: with unequal inputs their structure says nothing either.
+MODEL_PHASES: Final = (Phase.FORWARD, Phase.LOSS, Phase.EVAL)
+# Candidates are looked up for this many missing names of a row, which is more than a report shows.
+MOST_CANDIDATES: Final = 20
+
+
+def compare_rows(session: Session, pair: RowPair) -> None:
+    """Compare all records of a row that both sides have."""
+    if pair.a.view.seal == pair.b.view.seal and not session.options.filters_names:
+        session.tally.same(pair.step, pair.phase, pair.a.view.layout.records)
+        return
+    pairing = session.aligner.pair(pair.a, pair.b)
+    _one_sided(session, pair, pairing.only_a, other=pairing.only_b, in_a=True)
+    _one_sided(session, pair, pairing.only_b, other=pairing.only_a, in_a=False)
+    differing = []
+    same = 0
+    for name in pairing.common:
+        if not session.options.wants_name(name):
+            continue
+        if name.startswith(UNJUDGED):
+            session.tally.left_out(pair.phase)
+        elif _differs_in_structure(session, pair, name):
+            continue
+        elif _same_bits(pair, name):
+            same += 1
+        else:
+            differing.append(name)
+    session.tally.same(pair.step, pair.phase, same)
+    if differing:
+        JUDGES[pair.phase](session, pair, differing)
+
+
+def _same_bits(pair: RowPair, name: str) -> bool:
+    if pair.a.state(name) is State.NONE:
+        return True
+    digest = pair.a.digest(name)
+    return bool(digest) and digest == pair.b.digest(name) and pair.a.entry(name).dtype == pair.b.entry(name).dtype
+
+
+def _differs_in_structure(session: Session, pair: RowPair, name: str) -> bool:
+    """Count and report a record whose states or shapes do not go together; returns whether it is done with."""
+    states = (pair.a.state(name), pair.b.state(name))
+    if State.UNRECORDED in states:
+        session.tally.left_out(pair.phase)
+        return True
+    if (states[0] is State.NONE) != (states[1] is State.NONE):
+        kind = Kind.STATE
+    elif states[0] is not State.NONE and pair.a.shape(name) != pair.b.shape(name):
+        kind = Kind.SHAPE
+    else:
+        return False
+    key = structural_key(pair.phase, name)
+    if _is_explained(session, pair.phase) or key in session.structural:
+        session.tally.explained(pair.phase)
+    elif pair.phase is Phase.BATCH and not session.first_time(pair.phase, name):
+        session.tally.repeated(pair.phase, name)
+        session.step_blocked = True
+    else:
+        if pair.phase is not Phase.BATCH:
+            session.structural.add(key)
+        session.measured(pair, name, 1.0, 0.0, diverged=True)
+        session.tally.find(structure_finding(pair, name, kind))
+        _block(session, pair.phase)
+    return True
+
+
+def _is_explained(session: Session, phase: Phase) -> bool:
+    return phase in MODEL_PHASES and (session.model_blocked or session.step_blocked)
+
+
+def _block(session: Session, phase: Phase) -> None:
+    """What a structural divergence in a phase takes the meaning from."""
+    if phase is Phase.INIT:
+        session.model_blocked = True
+    elif phase in (Phase.BATCH, Phase.FORWARD, Phase.LOSS, Phase.GRAD):
+        session.step_blocked = True
+
+
+def _one_sided(session: Session, pair: RowPair, names: Sequence[str], *, other: Sequence[str], in_a: bool) -> None:
+    """Records of one side without a counterpart."""
+    row = pair.a if in_a else pair.b
+    kind = Kind.MISSING_B if in_a else Kind.MISSING_A
+    looked_up = 0
+    for name in names:
+        if not session.options.wants_name(name):
+            continue
+        if _may_be_missing(pair, row, name):
+            session.tally.left_out(pair.phase)
+            continue
+        key = structural_key(pair.phase, name)
+        if _is_explained(session, pair.phase) or _follows_from(session, pair, row, name) or key in session.structural:
+            session.tally.explained(pair.phase)
+            continue
+        session.structural.add(key)
+        candidates: tuple[str, ...] = ()
+        if looked_up < MOST_CANDIDATES:
+            candidates = nearest(name, tuple(other))
+            looked_up += 1
+        session.tally.find(structure_finding(pair, name, kind, nearest=candidates))
+        _block(session, pair.phase)
+
+
+def _may_be_missing(pair: RowPair, row: Row, name: str) -> bool:
+    """Whether a record on one side only is no divergence: shown only, optional, switched off, or a tied reference."""
+    if name.startswith(UNJUDGED):
+        return True
+    if pair.phase is Phase.BATCH:
+        return name.startswith(OPTIONAL_IN_BATCH)
+    if pair.phase is Phase.HPARAMS:
+        return row.entry(name).dtype == "bool" or row.scalar(name) == 0.0
+    if pair.phase is Phase.INIT:
+        target = row.entry(name).alias_of.partition("/")[2]
+        return bool(target) and target in pair.a.positions and target in pair.b.positions
+    return False
+
+
+def _follows_from(session: Session, pair: RowPair, row: Row, name: str) -> bool:
+    """Whether another missing record explains this one: a module's scale, a parameter's state."""
+    if pair.phase is Phase.INIT and name.endswith(LORA_SCALE):
+        factor = name.removesuffix(LORA_SCALE) + LORA_A
+        return factor in row.positions and not (factor in pair.a.positions and factor in pair.b.positions)
+    if pair.phase is Phase.OPT_STATE:
+        return split_state_name(name)[0] in session.structural
+    return False
+
+
+def missing_row(session: Session, present: Row, *, in_a: bool) -> None:
+    """A row that one side lacks: a finding unless that side did not record the phase at all."""
+    view = present.view
+    phase, records = view.phase, view.layout.records
+    other = (session.b if in_a else session.a).trace
+    if phase not in other.phases:
+        session.tally.left_out(phase, records)
+        return
+    if _is_explained(session, phase):
+        session.tally.explained(phase, records)
+        return
+    side, kind = ("b", Kind.MISSING_B) if in_a else ("a", Kind.MISSING_A)
+    if not session.first_time("row", phase, kind):
+        session.tally.repeated(phase, "")
+    else:
+        micro_batch = None if view.micro_batch == WHOLE_STEP else view.micro_batch
+        detail = f"{side} has no {phase.label} at this step"
+        if micro_batch is not None:
+            detail = f"{side} has {len(other.micro_batches(phase, view.step))} micro-batches at this step"
+        session.tally.find(Finding(view.step, phase.label, None, kind, micro_batch, detail=detail))
+    _block(session, phase)

@@ -1,0 +1,78 @@
+"""Start training runs in processes of their own, recorded or not.
+
+One process per run, because a training library may change its framework for the whole process (mlx-lm's gradient
+checkpointing patches layer classes).  What a run prints goes to stderr, shown only when the run fails.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tracer.errors import TraceError
+
+_TAIL: Final = 12
+
+
+class RunFailed(TraceError):
+    """A training run that ended with an error."""
+
+    slug = "run-failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One run: a path, its settings (dotted keys, or `defaults`), and what it takes from another's trace."""
+
+    path: str
+    settings: Mapping[str, Any]
+    init_from: Path | None = None
+    batches_from: Path | None = None
+
+    def arguments(self) -> list[str]:
+        """Options of `scenarios.run`, and of `trace record --path`."""
+        given = [f"{key}={_toml(value)}" for key, value in self.settings.items()]
+        options = [part for setting in given for part in ("--set", setting)]
+        for flag, file in (("--init-from", self.init_from), ("--batches-from", self.batches_from)):
+            options += [flag, str(file)] if file is not None else []
+        return options
+
+
+def record_command(arm: Arm, trace: Path) -> list[str]:
+    """Command line that records an arm into `trace`, as a user would type it after `trace`."""
+    return ["record", "--force", "-o", str(trace), "--path", arm.path, *arm.arguments()]
+
+
+def record(arm: Arm, trace: Path) -> Path:
+    """Record an arm; raises RunFailed with the end of what it printed."""
+    _run(["tracer", *record_command(arm, trace)], arm)
+    return trace
+
+
+def run(arm: Arm, outcome: Path, *, trace: Path | None = None) -> dict[str, Any]:
+    """Run an arm and return its outcome (see `Outcome.summary`), recorded into `trace` if that is given."""
+    program = ["scenarios.run", arm.path, *arm.arguments(), "--outcome", str(outcome)]
+    if trace is not None:
+        program = ["tracer", "record", "--force", "-o", str(trace), "--", "-m", *program]
+    _run(program, arm)
+    result: dict[str, Any] = json.loads(outcome.read_text("utf-8"))
+    return result
+
+
+def _run(module: Sequence[str], arm: Arm) -> None:
+    done = subprocess.run([sys.executable, "-m", *module], capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        known = [line for line in lines if line.startswith("trace: ")]
+        said = known[0] if known else " | ".join(lines[-_TAIL:])
+        raise RunFailed(f"the run on path {arm.path} ended with exit code {done.returncode}: {said}")
+
+
+def _toml(value: Any) -> str:
+    """A value as `--set` reads it; JSON's strings, numbers, lists and booleans are TOML's."""
+    return value if isinstance(value, str) else json.dumps(value)

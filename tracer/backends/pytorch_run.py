@@ -1,0 +1,406 @@
+"""The course of a PyTorch run, told by its hooks: forward, backward, clip, update; it puts them into steps.
+
+A step is one update of the model.  It begins with the first training forward after an update and ends with the
+update; where several optimizers share the work it ends with the last of them that has gradients to apply.  Step 0 is
+taken at the first training forward, before any update.
+
+Invariants: no method changes a tensor, a generator or a graph; models and optimizers are referred to weakly or for the
+length of a step; methods may raise (their callers run them under the recorder's guard).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tracer.backends.pytorch_batch import batch_records, named_arguments, with_targets
+from tracer.backends.pytorch_model import Model, ModuleGraph, initial_records, model_facts, trainable
+from tracer.backends.pytorch_optimizer import bias_correction, groups_of, merged, step_records, take_state
+from tracer.backends.pytorch_step import Named, Step
+from tracer.backends.pytorch_tensors import Taken, numpy_rng_record, rng_records, take, unrecorded
+from tracer.schema import Phase, Record
+
+if TYPE_CHECKING:
+    from tracer.recorder import Recorder
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """A loss that a GradScaler multiplied: the result, the loss before, the factor."""
+
+    result: weakref.ref[Any] | None
+    loss: Taken | None
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """A forward in eval mode, which was training if a backward follows."""
+
+    batch: list[Record]
+    rng: list[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class _Dormant:
+    """An optimizer that has done nothing since recording began, and its models with the handles of their hooks."""
+
+    optimizer: weakref.ref[Any]
+    models: tuple[tuple[weakref.ref[Any], Any], ...]
+
+
+class Run:
+    """The run as seen so far.  `hook_forward` hooks a root module and returns the hook's handle."""
+
+    def __init__(self, recorder: Recorder, hook_forward: Callable[[Any], Any]) -> None:
+        self.recorder = recorder
+        self.models: list[Model] = []
+        # What the trainer drew for the micro-batch under way, where a trainer is hooked.
+        self.inputs: Mapping[str, Any] = {}
+        # Updates seen; one that a GradScaler skips does not count.
+        self.updates = 0
+        self._hook_forward = hook_forward
+        self._optimizers: list[weakref.ref[Any]] = []
+        # Optimizers that were there before us, with the hooks of their models: they may be left over from another run.
+        self._dormant: list[_Dormant] = []
+        self._step = Step()
+        self._started = False
+        self._candidate: _Forward | None = None
+        self._scaled: _Scaled | None = None
+        # Optimizers that are updating now: the first, and any that it drives.
+        self._updating: list[Any] = []
+        self._idle_update = False
+        self._backwards_in_update = 0
+        self._backward_under_way = False
+
+    # Optimizers and models.
+
+    def add_optimizer(self, optimizer: Any) -> None:
+        """Take note of an optimizer and of the models that it updates."""
+        parameters = trainable(optimizer)
+        if not parameters or any(ref() is optimizer for ref in self._optimizers):
+            return
+        self._forget_dormant(d for d in self._dormant if d.optimizer() is optimizer)
+        self._optimizers = [ref for ref in self._optimizers if ref() is not None]
+        self._optimizers.append(weakref.ref(optimizer))
+        self._step.tracked = []
+        known = {id(p) for model in self.models for _, p in model.parameters()}
+        if any(id(p) not in known for p in parameters):
+            self._add_models(ModuleGraph().roots(parameters))
+
+    def watch(self, optimizers: Sequence[Any]) -> None:
+        """Take note of optimizers that were there before; they count from the first call of their model on."""
+        graph = ModuleGraph() if optimizers else None
+        for optimizer in optimizers:
+            roots = graph.roots(trainable(optimizer)) if graph is not None else []
+            models = tuple((weakref.ref(root), self._hook_forward(root)) for root in roots)
+            self._dormant.append(_Dormant(weakref.ref(optimizer), models))
+
+    def _wake(self, module: Any) -> None:
+        """A root module is called: the optimizers that wait for it count from now on."""
+        woken = [d for d in self._dormant if any(ref() is module for ref, _ in d.models)]
+        self._forget_dormant(woken)
+        for dormant in woken:
+            if (optimizer := dormant.optimizer()) is not None:
+                self.add_optimizer(optimizer)
+
+    def _forget_dormant(self, dormant: Iterable[_Dormant]) -> None:
+        for one in list(dormant):
+            self._dormant.remove(one)
+            for _, hook in one.models:
+                hook.remove()
+
+    def _add_models(self, roots: Iterable[Any]) -> None:
+        for root in roots:
+            inside = {id(module) for module in root.modules()}
+            if not self._started:
+                # A module that wraps an earlier root takes its place: names are those of the outermost.
+                for model in [m for m in self.models if m.root is None or id(m.root) in inside]:
+                    model.hook.remove()
+                    self.models.remove(model)
+            if not any(m.root is root for m in self.models):
+                prefix = f"model{len(self.models)}." if self.models else ""
+                self.models.append(Model(weakref.ref(root), prefix, self._hook_forward(root)))
+
+    def wrapped(self, module: Any, wrapper: Any) -> None:
+        """torch.compile has put a wrapper around a module.
+
+        A hook inside compiled code would be compiled with it, so it moves to the wrapper.
+        """
+        for i, model in enumerate(self.models):
+            if model.root is module and wrapper is not module:
+                model.hook.remove()
+                self.models[i] = replace(model, hook=self._hook_forward(wrapper))
+                self.recorder.observe("compiled", True)
+
+    def _tracked(self) -> list[Named]:
+        """Trainable parameters of the models and of the optimizers, by name; worked out once a step."""
+        if not self._step.tracked:
+            named = [(n, p) for model in self.models for n, p in model.parameters() if p.requires_grad]
+            known = {id(p) for _, p in named}
+            for i, optimizer in enumerate(self._live()):
+                for j, parameter in enumerate(trainable(optimizer)):
+                    if id(parameter) not in known:
+                        known.add(id(parameter))
+                        named.append((f"optimizer{i}.parameter{j}", parameter))
+            self._step.tracked = named
+        return self._step.tracked
+
+    def _named(self, optimizer: Any) -> list[Named]:
+        mine = {id(p) for p in trainable(optimizer)}
+        return [(name, p) for name, p in self._tracked() if id(p) in mine]
+
+    def _live(self) -> list[Any]:
+        return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
+
+    # The start.
+
+    def _start(self) -> None:
+        """Record step 0, once: the state before the first update."""
+        if self._started:
+            return
+        self._started = True
+        recorder, names = self.recorder, self.recorder.names
+        if recorder.wants(Phase.INIT):
+            recorder.add(Phase.INIT, initial_records(self.models, names))
+            numpy_rng = numpy_rng_record()
+            recorder.add(Phase.INIT, rng_records() + ([numpy_rng] if numpy_rng else []))
+        if recorder.wants(Phase.OPT_STATE):
+            # A resumed run has state already.
+            counts: dict[str, int] = {}
+            for optimizer in self._live():
+                records, own = take_state(self._named(optimizer), [optimizer.state], names)
+                recorder.add(Phase.OPT_STATE, records)
+                counts |= own
+            recorder.add(Phase.OPT_STATE, step_records(counts, names))
+        for key, value in model_facts(self.models).items():
+            recorder.observe(key, value)
+        recorder.end_step()
+
+    # Forward and backward.
+
+    def forward(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A root module is called with gradients enabled."""
+        if self._dormant:
+            self._wake(module)
+        if self._step.stepped and not self._backward_under_way:
+            self._end_step()
+        # torch.compile's wrapper keeps the mode that the module had when it was wrapped.
+        training = module._modules.get("_orig_mod", module).training
+        if training:
+            self._start()
+        rng = [] if self._step.rng or not self.recorder.wants(Phase.HPARAMS) else rng_records()
+        batch: list[Record] = []
+        if self.recorder.wants(Phase.BATCH):
+            batch = batch_records(named_arguments(module, args, kwargs), self.inputs)
+        self._candidate = None if training else _Forward(batch, rng)
+        if training:
+            self._step.rng = self._step.rng or rng
+            self._step.waiting.append(batch)
+
+    def cross_entropy(self, target: Any, *, ignored: int, whole: bool) -> None:
+        """The program has computed a cross-entropy; it may know labels that the model was not given."""
+        if self._candidate is not None:
+            batch = with_targets(self._candidate.batch, target, ignored=ignored, whole=whole)
+            self._candidate = replace(self._candidate, batch=batch)
+        elif self._step.waiting:
+            self._step.waiting[-1] = with_targets(self._step.waiting[-1], target, ignored=ignored, whole=whole)
+
+    def scaled(self, outputs: Any, result: Any, scale: float) -> None:
+        """A GradScaler has multiplied a loss (or several) by `scale`."""
+        if hasattr(result, "element_size"):
+            self._scaled = _Scaled(weakref.ref(result), take(outputs), scale)
+        else:
+            self._scaled = _Scaled(None, None, scale)
+
+    def backward_begins(self, tensors: Any, weights: Any) -> None:
+        """The program calls backward on `tensors` (one, or several) with `weights` (usually none)."""
+        if not self._live():
+            return
+        if self._step.stepped:
+            self._end_step()
+        self._start()
+        if self._step.losses and all(p.grad is None for _, p in self._tracked()):
+            # The gradients so far were thrown away.  (Where they are zeroed instead, this cannot be told from a
+            # micro-batch without a gradient, and the micro-batches stay.)
+            self._step.discard_micro_batches()
+        if self._candidate is not None:
+            self._step.waiting = [self._candidate.batch]
+            self._step.rng = self._step.rng or self._candidate.rng
+            self._candidate = None
+        self._step.batches += self._step.waiting
+        self._step.waiting = []
+        self._step.losses.append(self._loss(tensors, weights))
+        self._backward_under_way = True
+
+    def _loss(self, tensors: Any, weights: Any) -> Record:
+        scaled, self._scaled = self._scaled, None
+        self._step.scales.add(scaled.scale if scaled else 1.0)
+        if isinstance(tensors, tuple | list) and len(tensors) == 1:
+            tensors = tensors[0]
+        if not hasattr(tensors, "element_size") or tensors.numel() != 1 or weights not in (None, (None,), [None]):
+            return unrecorded("loss")
+        taken: Taken | None = take(tensors)
+        if scaled is not None:
+            # What is differentiated is a multiple of the loss, known only if nothing was done to it on its way.
+            taken = scaled.loss if scaled.result is not None and scaled.result() is tensors else None
+        if taken is None or taken.data is None:
+            return unrecorded("loss")
+        return Record("loss", taken.data.reshape(()), taken.dtype, ())
+
+    def backward_ended(self, *, failed: bool) -> None:
+        """The outermost backward has returned, or raised."""
+        under_way, self._backward_under_way = self._backward_under_way, False
+        if failed or not under_way:
+            return
+        if self._updating:
+            self._backwards_in_update += 1
+        if self._step.stepped:
+            # The optimizer works inside the backward, one parameter at a time.
+            self._end_step()
+        elif self.recorder.wants(Phase.GRAD) or self.recorder.wants(Phase.CLIPPED_GRAD):
+            self._tracked()
+            self._step.snapshot()
+
+    def clipped(self, mode: str, limit: float, norm: Any) -> None:
+        """The program has clipped by norm (which returned the norm) or by value."""
+        if math.isfinite(limit) and self._step.clip is None:
+            self._step.clip = mode, limit
+        if hasattr(norm, "element_size"):
+            self._step.norms.append(take(norm))
+
+    # The update.
+
+    def update_begins(self, optimizer: Any, *, closure: bool) -> None:
+        """An optimizer is about to update its parameters."""
+        if any(o is optimizer for o in self._updating):
+            # Its last update raised, so that its end was never seen.
+            self._updating = []
+        self._updating.append(optimizer)
+        if len(self._updating) > 1:
+            return
+        self._backwards_in_update = 0
+        self._idle_update = not closure and _is_idle(optimizer)
+        if self._idle_update:
+            return
+        self._start()
+        if id(optimizer) in self._step.stepped:
+            self._end_step()
+        if not closure:
+            # With a closure the gradients are still to come; see `_settle_closure`.
+            self._take_given(optimizer)
+        self._take_groups(optimizer)
+
+    def _take_given(self, optimizer: Any) -> None:
+        if self.recorder.wants(Phase.CLIPPED_GRAD):
+            # A fused optimizer divides by the GradScaler's scale itself.
+            scale = getattr(optimizer, "grad_scale", None)
+            self._step.given_to(trainable(optimizer), 1.0 if scale is None else float(scale))
+
+    def _take_groups(self, optimizer: Any) -> None:
+        if not self.recorder.wants(Phase.HPARAMS):
+            return
+        names = {id(p): self.recorder.names(name).name for name, p in self._tracked()}
+        self._step.groups += groups_of(optimizer, lambda p: names.get(id(p), ""))
+        # Where no forward was seen, this is the earliest that is known of the generators.
+        self._step.rng = self._step.rng or rng_records()
+
+    def update_ended(self, optimizer: Any, *, closure: bool) -> None:
+        """An optimizer has updated its parameters."""
+        if not self._updating or self._updating[0] is not optimizer:
+            # Another optimizer drives this one; the outer one's update is the step.
+            return
+        inner = [o for o in self._updating if o is not optimizer]
+        self._updating = []
+        if self._idle_update:
+            return
+        self.updates += 1
+        if closure:
+            self._settle_closure(optimizer)
+        recorder = self.recorder
+        states = [optimizer.state, *(o.state for o in inner)] if recorder.wants(Phase.OPT_STATE) else []
+        self._step.updated_by(self._named(optimizer), states, recorder.names, with_params=recorder.wants(Phase.PARAM))
+        self._step.stepped[id(optimizer)] = optimizer
+        recorder.observe("optimizer.class", type(optimizer).__name__)
+        if (corrected := bias_correction(optimizer)) is not None:
+            recorder.observe("optimizer.bias_correction", corrected)
+        if not self._backward_under_way and not self._more_to_come():
+            self._end_step()
+
+    def _settle_closure(self, optimizer: Any) -> None:
+        """The update computed its own gradients: if it did so only once they are still there, else they are lost."""
+        if self._backwards_in_update <= 1:
+            self._take_given(optimizer)
+        else:
+            self._step.grads = None
+
+    def _more_to_come(self) -> bool:
+        """Whether another optimizer has gradients to apply in this step."""
+        waiting = {id(p) for _, p in self._tracked() if p.grad is not None} - set(self._step.updated)
+        return any(
+            any(id(p) in waiting for p in trainable(optimizer))
+            for optimizer in self._live()
+            if id(optimizer) not in self._step.stepped
+        )
+
+    def update_skipped(self) -> None:
+        """A GradScaler found inf or nan and skipped the update; the gradients will be thrown away."""
+        if not self._step.stepped:
+            self._step.discard_micro_batches()
+
+    # The end of a step.
+
+    def finish(self) -> None:
+        """End a step that still waited for another optimizer when the run ended; take the hooks back."""
+        if self._step.stepped:
+            self._end_step()
+        for model in self.models:
+            model.hook.remove()
+        self.models = []
+        self._forget_dormant(self._dormant)
+
+    def _end_step(self) -> None:
+        step, recorder = self._step, self.recorder
+        self._tracked()
+        self._observe_step()
+        recorder.add(Phase.HPARAMS, step.hparams())
+        for i, batch in enumerate(step.batches):
+            recorder.add(Phase.BATCH, batch, i)
+        for i, loss in enumerate(step.loss_records()):
+            recorder.add(Phase.LOSS, [loss], i)
+        if recorder.wants(Phase.GRAD):
+            recorder.add(Phase.GRAD, step.gradient_records(recorder.names))
+        if recorder.wants(Phase.CLIPPED_GRAD):
+            with_grad = recorder.wants(Phase.GRAD)
+            recorder.add(Phase.CLIPPED_GRAD, step.given_records(recorder.names, with_grad=with_grad))
+        recorder.add(Phase.OPT_STATE, step.state_records(recorder.names))
+        recorder.add(Phase.PARAM, step.param_records())
+        self._step = Step(waiting=step.waiting)
+        recorder.end_step()
+
+    def _observe_step(self) -> None:
+        """Settings that show once there has been a step."""
+        step, recorder = self._step, self.recorder
+        if recorder.step != 1:
+            return
+        if step.losses:
+            recorder.observe("accumulation", len(step.losses))
+        groups = merged(step.groups)
+        if len(groups) > 1:
+            recorder.observe("optimizer.groups", {f"group{i}": list(g.names) for i, g in enumerate(groups)})
+        if step.clip is not None:
+            recorder.observe("clip.mode", step.clip[0])
+            recorder.observe("clip.value", step.clip[1])
+        elif recorder.wants(Phase.CLIPPED_GRAD) and step.unclipped():
+            recorder.observe("clip.mode", "none")
+
+
+def _is_idle(optimizer: Any) -> bool:
+    """Whether an update has no gradient to work with, or will leave all as it is for an inf in a scaled one."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and float(found_inf) != 0.0:
+        return True
+    return all(p.grad is None for p in trainable(optimizer))

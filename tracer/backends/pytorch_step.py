@@ -1,0 +1,142 @@
+"""One step of a PyTorch run: what the hooks have seen of it so far, and the records that it becomes.
+
+Knows nothing of hooks.  Invariant: a gradient that was not seen at the right moment is *unrecorded*; it is never
+replaced by one that was seen at another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracer.backends.pytorch_optimizer import Group, group_records, merged, step_records, take_state
+from tracer.backends.pytorch_tensors import (
+    Taken,
+    alias_of,
+    no_gradient,
+    record_of,
+    same_bits,
+    take,
+    unrecorded,
+    unrecorded_like,
+    unscaled,
+)
+from tracer.names import NameMap
+from tracer.schema import Phase, Record
+
+Named = tuple[str, Any]
+
+
+@dataclass(slots=True)
+class Step:
+    """The step under way.  Everything in here is a copy, except `tracked`: the trainable parameters by name."""
+
+    tracked: list[Named] = field(default_factory=list)
+    rng: list[Record] = field(default_factory=list)
+    # Batches whose backward has not begun, and those whose backward has.
+    waiting: list[list[Record]] = field(default_factory=list)
+    batches: list[list[Record]] = field(default_factory=list)
+    losses: list[Record] = field(default_factory=list)
+    # Gradients after the latest backward, by id of the parameter; None before the first.
+    grads: dict[int, Taken] | None = None
+    # Factors that a GradScaler multiplied the losses of this step by.
+    scales: set[float] = field(default_factory=set)
+    norms: list[Taken] = field(default_factory=list)
+    clip: tuple[str, float] | None = None
+    groups: list[Group] = field(default_factory=list)
+    # What the optimizer got, by id; the snapshot itself where the bits are equal.
+    given: dict[int, Taken] = field(default_factory=dict)
+    updated: dict[int, Named] = field(default_factory=dict)
+    state: dict[int, list[Record]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    params: dict[int, Record] = field(default_factory=dict)
+    # Optimizers that have made their update, by id; kept until the step ends so that no id is used twice.
+    stepped: dict[int, Any] = field(default_factory=dict)
+
+    def discard_micro_batches(self) -> None:
+        """Forget the micro-batches so far: their gradients were thrown away without an update."""
+        self.batches, self.losses, self.grads = [], [], None
+        self.scales, self.norms, self.clip = set(), [], None
+
+    def snapshot(self) -> None:
+        """Copy the gradients as they are after a backward, unscaled."""
+        if len(self.scales) > 1:
+            # Gradients of differently scaled losses were added up: no factor undoes that.
+            self.grads = {id(p): unrecorded_like(p) for _, p in self.tracked}
+            return
+        scale = next(iter(self.scales), 1.0)
+        self.grads = {
+            id(p): no_gradient(p) if p.grad is None else unscaled(take(p.grad), scale) for _, p in self.tracked
+        }
+
+    def given_to(self, parameters: Sequence[Any], scale: float) -> None:
+        """Take the gradients that the optimizer is about to use; a copy is made only where they changed since the
+        backward.  `scale`: what the optimizer itself divides them by."""
+        for parameter in parameters:
+            self.given[id(parameter)] = self._given(parameter, scale)
+
+    def _given(self, parameter: Any, scale: float) -> Taken:
+        before = (self.grads or {}).get(id(parameter))
+        grad = parameter.grad
+        now = no_gradient(parameter) if grad is None else unscaled(take(grad, live=True), scale)
+        if before is not None and same_bits(before, now):
+            return before
+        return now if grad is None or scale != 1.0 else take(grad)
+
+    def updated_by(
+        self, parameters: Sequence[Named], states: Sequence[Mapping[Any, Any]], names: NameMap, *, with_params: bool
+    ) -> None:
+        """Take what an update has made: the parameters, and the optimizer's state of them (of no `states`: none)."""
+        for name, parameter in parameters:
+            self.updated[id(parameter)] = name, parameter
+            self.state[id(parameter)], counts = take_state([(name, parameter)], states, names)
+            self.counts |= counts
+            if with_params:
+                self.params[id(parameter)] = record_of(names, name, take(parameter))
+
+    # The records of the finished step.
+
+    def hparams(self) -> list[Record]:
+        """Settings of the groups, and the generators' states at the start of the step."""
+        return group_records(merged(self.groups)) + self.rng
+
+    def gradient_records(self, names: NameMap) -> list[Record]:
+        """Phase `grad`: accumulated, before clipping; and the norms that the run's clip function returned."""
+        grads = self.grads or {}
+        records = [record_of(names, name, grads.get(id(p)) or unrecorded_like(p)) for name, p in self.tracked]
+        single = len(self.norms) == 1
+        return records + [
+            Record(
+                f"reported.grad_norm{'' if single else f'.{i}'}", norm.data, norm.dtype, norm.shape, state=norm.state
+            )
+            for i, norm in enumerate(self.norms)
+        ]
+
+    def unclipped(self) -> bool:
+        """Whether the optimizer got exactly the gradients that the last backward left."""
+        grads = self.grads or {}
+        return all(key in grads and self.given.get(key) is grads[key] for key in self.updated)
+
+    def given_records(self, names: NameMap, *, with_grad: bool) -> list[Record]:
+        """Phase `clipped_grad`; references to `grad` (if that is recorded) where nothing was changed."""
+        records = [record_of(names, name, self.given.get(id(p)) or unrecorded_like(p)) for name, p in self._in_order()]
+        if with_grad and self.unclipped():
+            return [alias_of(r, f"{Phase.GRAD.label}/{r.name}") for r in records]
+        return records
+
+    def state_records(self, names: NameMap) -> list[Record]:
+        """Phase `opt_state`."""
+        records = [record for _, p in self._in_order() for record in self.state[id(p)]]
+        return records + step_records(self.counts, names)
+
+    def param_records(self) -> list[Record]:
+        """Phase `param`: what was updated, in the model's order whatever the order of the updates."""
+        return [self.params[id(p)] for _, p in self._in_order() if id(p) in self.params]
+
+    def _in_order(self) -> list[Named]:
+        return [(name, p) for name, p in self.tracked if id(p) in self.updated]
+
+    def loss_records(self) -> list[Record]:
+        """One loss per micro-batch; a step whose backward was not seen has one that is unrecorded."""
+        return self.losses or [unrecorded("loss")]
