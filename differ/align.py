@@ -70,7 +70,7 @@ class Row:
 
     def stored(self, name: str) -> bool:
         """Whether the tensor can be read, as opposed to its digest and statistics only."""
-        return self.entry(name).stored and self.state(name) in (State.VALUE, State.ZERO)
+        return self.view.stored(self.positions[name]) and self.state(name) in (State.VALUE, State.ZERO)
 
     def read(self, name: str) -> Tensor:
         """The tensor of a record; raises Damaged."""

@@ -10,7 +10,10 @@ from typing import Any
 
 import click
 
-from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound
+from differ.publish import Destination, DestinationType, check, publish_github, write_reports
+from differ.reporters import FORMATS, Style, draws_series, reporter
+from differ.result import DiffResult
+from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceError
 
 
 @click.command("diff", short_help="Name the first divergence of two traces, and why.")
@@ -22,7 +25,11 @@ from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound
 @click.option("--omit", multiple=True, metavar="GLOB", help="Leave out records whose name matches (repeatable).")
 @click.option("--steps", metavar="A:B", help="Compare steps A to B only; `3` is one step, `:5` up to 5. Step 0 is init.")
 @click.option("--phases", metavar="LIST", help="Report only these phases, separated by commas.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Kind of report.")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True, help="Kind of report.")
+@click.option(
+    "--report", "reports", type=DestinationType(), multiple=True, metavar="KIND=FILE",
+    help="Write a report to a file as well: html=out.html, markdown=, junit=, json=, text= (repeatable).",
+)
 @click.option("--exit-zero", is_flag=True, help="Exit 0 even when the traces diverged.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
 @click.pass_context
@@ -37,6 +44,7 @@ def diff(
     steps: str | None,
     phases: str | None,
     form: str,
+    reports: tuple[Destination, ...],
     exit_zero: bool,
     quiet: bool,
 ) -> None:
@@ -48,13 +56,14 @@ def diff(
     Example:
       trace diff pytorch.h5 mlx.h5
       trace diff a.h5 b.h5 --steps 1:5 --phases grad,param --format json
+      trace diff a.h5 b.h5 --report html=out.html
     """
     from differ.engine import diff as compare
     from differ.options import DiffOptions
     from differ.policy import default_policy, load_policy
-    from differ.reporters import Style, reporter
     from differ.result import Verdict
 
+    check(reports, [path for path in (a, b, policy, name_map) if path is not None])
     options = DiffOptions(
         policy=load_policy(policy) if policy is not None else default_policy(),
         rules=_rules(name_map),
@@ -62,14 +71,34 @@ def diff(
         omit=omit,
         steps=_steps(steps),
         phases=_phases(phases),
+        series=any(draws_series(kind) for kind in (form, *(report.kind for report in reports))),
     )
     result = compare(a, b, options)
-    if not quiet:
-        style = Style(width=shutil.get_terminal_size((100, 24)).columns, colour=_colour())
-        click.echo(reporter(form)(result, style), nl=False, color=style.colour)
+    _publish(result, form, reports, quiet=quiet)
     if exit_zero and result.verdict is Verdict.DIVERGED:
         ctx.exit(0)
     ctx.exit(result.verdict.exit_code)
+
+
+def _publish(result: DiffResult, form: str, reports: tuple[Destination, ...], *, quiet: bool) -> None:
+    """Files first, so that a closed pipe costs none of them; the answer is printed even if one could not be written."""
+    failure: TraceError | None = None
+    wrote: list[str] = []
+    try:
+        wrote.extend(write_reports(result, reports))
+    except TraceError as error:
+        failure = error
+    if form == "github":
+        publish_github(result)
+    if not quiet:
+        style = Style(width=shutil.get_terminal_size((100, 24)).columns, colour=_colour())
+        if form == "github":
+            click.echo(reporter(form)(result, style), nl=False, err=True)
+        click.echo(reporter("text" if form == "github" else form)(result, style), nl=False, color=style.colour)
+        for line in wrote:
+            click.echo(line, err=True)
+    if failure is not None:
+        raise failure
 
 
 def _colour() -> bool:

@@ -15,8 +15,9 @@ import numpy as np
 
 from differ.align import Rows
 from differ.causes import explain
-from differ.collect import Collector
 from differ.causes.context import Context
+from differ.collect import Collector
+from differ.fingerprint import note_fingerprints
 from differ.inputs import Inputs
 from differ.options import DiffOptions
 from differ.result import Cause, DiffResult, Finding, Kind, PolicyUsed, Side, Verdict
@@ -64,6 +65,7 @@ class _Engine:
     def run(self) -> DiffResult:
         """Walk through the steps and put the result together."""
         self._note_phases()
+        note_fingerprints(self.session)
         end = self._common_end()
         for step in sorted({*self.a.steps, *self.b.steps}):
             if not self.options.wants_step(step):
@@ -137,7 +139,7 @@ class _Engine:
         verdict = Verdict.DIVERGED if findings else Verdict.SAME
         if self.tally.compared + self.tally.propagated == 0:
             verdict = Verdict.INCOMPARABLE
-        context = Context(self.session.a, self.session.b, findings, tuple(self.tally.notes))
+        context = Context(self.session.a, self.session.b, findings, tuple(self.tally.notes), self.options.policy)
         explanation = explain(context, verdict)
         worst = self.tally.worst
         before = self.tally.before(first) if first is not None else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from differ.align import Row, Rows
-from differ.compare import distance
+from differ.estimate import is_trainable, row_distance
 from tracer.schema import Phase
 
 LORA_A: Final = ".lora_A.weight"
@@ -91,14 +91,16 @@ def _comparable(a: Row, b: Row, name: str) -> bool:
     """Whether a record is a parameter that both sides hold, in one shape."""
     if name not in b.positions or name.endswith(LORA_SCALE) or a.entry(name).alias_of:
         return False
-    return a.stored(name) and b.stored(name) and a.shape(name) == b.shape(name)
+    return is_trainable(a, name) and is_trainable(b, name) and a.shape(name) == b.shape(name)
 
 
 def _change(a: Row, b: Row, name: str) -> _Change:
     norm = max(a.l2(name), b.l2(name))
     if a.digest(name) and a.digest(name) == b.digest(name):
         return _Change(0.0, norm)
-    measured = distance(a.read(name), b.read(name))
+    measured = row_distance(a, b, name)
+    if measured is None:
+        return _Change(float("inf"), norm)
     return _Change(measured.diff if measured.nonfinite < 0 else float("inf"), norm)
 
 

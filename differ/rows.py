@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from differ.align import Row, nearest
+from differ.fingerprint import judge_sketched, sketched_names
 from differ.inputs import LORA_A, LORA_SCALE
 from differ.judges import JUDGES
 from differ.result import Finding, Kind
@@ -45,6 +46,10 @@ def compare_rows(session: Session, pair: RowPair) -> None:
         else:
             differing.append(name)
     session.tally.same(pair.step, pair.phase, same)
+    estimated = sketched_names(pair, differing)
+    if estimated:
+        judge_sketched(session, pair, estimated)
+        differing = [name for name in differing if name not in set(estimated)]
     if differing:
         JUDGES[pair.phase](session, pair, differing)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tracer.errors import TraceError
+from tracer.reader import open_trace
 
 _TAIL: Final = 12
 
@@ -49,8 +50,11 @@ def record_command(arm: Arm, trace: Path) -> list[str]:
 
 
 def record(arm: Arm, trace: Path) -> Path:
-    """Record an arm; raises RunFailed with the end of what it printed."""
-    _run(["tracer", *record_command(arm, trace)], arm)
+    """Record an arm; raises RunFailed where the run failed, or where it went on after recording had stopped."""
+    said = _run(["tracer", *record_command(arm, trace)], arm)
+    with open_trace(trace) as written:
+        if not written.finished:
+            raise RunFailed(f"recording path {arm.path} stopped after step {max(written.steps)}: {said}")
     return trace
 
 
@@ -64,13 +68,15 @@ def run(arm: Arm, outcome: Path, *, trace: Path | None = None) -> dict[str, Any]
     return result
 
 
-def _run(module: Sequence[str], arm: Arm) -> None:
+def _run(module: Sequence[str], arm: Arm) -> str:
+    """Run `python -m …`; what this project printed on stderr, as one line.  Raises RunFailed."""
     done = subprocess.run([sys.executable, "-m", *module], capture_output=True, text=True)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    known = [line for line in lines if line.startswith("trace: ")]
     if done.returncode != 0:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        known = [line for line in lines if line.startswith("trace: ")]
         said = known[0] if known else " | ".join(lines[-_TAIL:])
         raise RunFailed(f"the run on path {arm.path} ended with exit code {done.returncode}: {said}")
+    return " ".join(known)
 
 
 def _toml(value: Any) -> str:

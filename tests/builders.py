@@ -64,6 +64,9 @@ class Run:
     only_steps: frozenset[int] | None = None
     finished: bool = True
     unknown_optimizer: bool = False
+    reset_at: int = 0
+    reset_names: str = ""
+    reset_counter: bool = False
     stuck: str = ""
     at: int = 2
     declared: dict[str, Any] = field(default_factory=dict)
@@ -298,10 +301,11 @@ class Trainer:
         rows.append(Row(Phase.GRAD, step, WHOLE_STEP, tuple(record(name, g.copy()) for name, g in grads.items())))
         rows.append(Row(Phase.CLIPPED_GRAD, step, WHOLE_STEP, tuple(_clipped_records(grads, clipped))))
         with np.errstate(invalid="ignore", over="ignore"):
-            self._update(step, clipped)
+            self._forget(step)
+        self._update(step, clipped)
         state = [record(name, value.copy()) for name, value in self.state.items()]
         if self.run.optimizer == "adamw":
-            state.append(record("step", np.int64(step)))
+            state.append(record("step", np.int64(self._counter(step))))
         if state:
             rows.append(Row(Phase.OPT_STATE, step, WHOLE_STEP, tuple(state)))
         rows.append(Row(Phase.PARAM, step, WHOLE_STEP, tuple(record(n, v.copy()) for n, v in self.params.items())))
@@ -329,28 +333,31 @@ class Trainer:
         return ids, labels
 
     def _backward(self, ids: np.ndarray, labels: np.ndarray, grads: dict[str, np.ndarray]) -> np.ndarray:
-        """Add this micro-batch's gradients; returns its loss."""
-        hidden = [self.embed[ids].reshape(-1, HIDDEN)]
+        """Add this micro-batch's gradients; returns its loss.
+
+        Computed in float64 and rounded, so that the numbers do not depend on the order in which a BLAS adds.
+        """
+        hidden = [self.embed[ids].reshape(-1, HIDDEN).astype(np.float64)]
         for layer in range(self.run.depth):
-            hidden.append(hidden[-1] + hidden[-1] @ self._effective(layer).T / F32(4))
+            hidden.append(hidden[-1] + hidden[-1] @ self._effective(layer).T / 4)
         keep = labels.reshape(-1) >= 0
-        error = np.where(keep[:, None], hidden[-1] - self.targets[np.maximum(labels.reshape(-1), 0)], 0).astype(F32)
-        factor = F32(self.run.loss_factor / keep.sum())
-        back = error * factor
+        error = np.where(keep[:, None], hidden[-1] - self.targets[np.maximum(labels.reshape(-1), 0)], 0.0)
+        back = error * (self.run.loss_factor / keep.sum())
         for layer in reversed(range(self.run.depth)):
             if layer in self.run.layers:
                 a, b = self.params[_factor(layer, "A")], self.params[_factor(layer, "B")]
-                scale = F32(self.run.scale / 4)
-                grads[_factor(layer, "B")] += scale * back.T @ (hidden[layer] @ a.T)
-                grads[_factor(layer, "A")] += scale * (back @ b).T @ hidden[layer]
-            back = back + back @ self._effective(layer) / F32(4)
-        return self._noisy(np.asarray((error * error).sum() * factor / F32(2), F32))
+                scale = self.run.scale / 4
+                grads[_factor(layer, "B")] += (scale * back.T @ (hidden[layer] @ a.T)).astype(F32)
+                grads[_factor(layer, "A")] += (scale * (back @ b).T @ hidden[layer]).astype(F32)
+            back = back + back @ self._effective(layer) / 4
+        return self._noisy(np.asarray((error * error).sum() * self.run.loss_factor / keep.sum() / 2, F32))
 
     def _effective(self, layer: int) -> np.ndarray:
+        weight = self.weights[layer].astype(np.float64)
         if layer not in self.run.layers:
-            return self.weights[layer]
-        delta = self.params[_factor(layer, "B")] @ self.params[_factor(layer, "A")]
-        return self.weights[layer] + F32(self.run.scale) * delta
+            return weight
+        a, b = self.params[_factor(layer, "A")].astype(np.float64), self.params[_factor(layer, "B")]
+        return weight + self.run.scale * (b @ a)
 
     def _noisy(self, values: np.ndarray) -> np.ndarray:
         if not self.run.noise:
@@ -371,12 +378,21 @@ class Trainer:
             return {name: (np.sign(g) * np.sqrt(np.abs(g))).astype(F32) for name, g in grads.items()}
         return grads
 
+    def _forget(self, step: int) -> None:
+        """Lose the optimizer's state before this step, that of some parameters or of all."""
+        if step == self.run.reset_at:
+            self.state = {name: value for name, value in self.state.items() if self.run.reset_names not in name}
+
+    def _counter(self, step: int) -> int:
+        again = self.run.reset_counter and 0 < self.run.reset_at <= step
+        return step - self.run.reset_at + 1 if again else step
+
     def _update(self, step: int, grads: dict[str, np.ndarray]) -> None:
         for name, g in grads.items():
             w = self.params[name]
             if self.run.decay == "coupled" or self.run.optimizer == "sgd":
                 g = g + F32(self.run.weight_decay) * w
-            self.params[name] = self._sgd(name, w, g) if self.run.optimizer == "sgd" else self._adam(name, w, g, step)
+            self.params[name] = self._sgd(name, w, g) if self.run.optimizer == "sgd" else self._adam(name, w, g, self._counter(step))
             if self.run.stuck and self.run.stuck in name and step == self.run.at:
                 self.params[name] = w
             if self.run.unknown_optimizer:

@@ -68,6 +68,11 @@ def pack_plan(records: Sequence[Record]) -> tuple[list[Slot], dict[str, tuple[st
     current: dict[str, str] = {}
     for record in records:
         size = math.prod(record.shape)
+        if record.sketched:
+            _, used = widths.get(schema.SKETCH, ("float32", 0))
+            slots.append(Slot(schema.SKETCH, used, schema.SKETCH_BUCKETS))
+            widths[schema.SKETCH] = ("float32", used + schema.SKETCH_BUCKETS)
+            continue
         if not record.stored or record.alias_of:
             slots.append(Slot("", 0, size))
             continue
@@ -88,6 +93,12 @@ def measure(records: Sequence[Record], slots: Sequence[Slot], packed: Mapping[st
     tables = Tables(np.zeros(n, f"V{schema.DIGEST_BYTES}"), np.zeros(n, np.uint8), np.zeros((n, len(schema.STATS))))
     for i, (record, slot) in enumerate(zip(records, slots, strict=True)):
         tables.state[i] = record.state
+        if record.fingerprint is not None:
+            tables.digest[i] = np.void(record.fingerprint.digest)
+            tables.stats[i] = record.fingerprint.stats
+            if record.fingerprint.sketch is not None:
+                packed[slot.dataset][slot.offset : slot.offset + slot.size] = record.fingerprint.sketch
+            continue
         if record.data is None:
             continue
         if slot.dataset and slot.size:

@@ -143,6 +143,12 @@ class Trace:
         """False if the run or the recording was cut off: the steps that are here are whole, the rest is missing."""
         return bool(self.end.get("finished"))
 
+    @cached_property
+    def fingerprint(self) -> bool:
+        """Whether tensors were replaced by sketches of them (`trace shrink`)."""
+        with damage(self.path, "its tables cannot be read"):
+            return any(schema.SKETCH in row.layout.group for row in self._rows.values())
+
     @property
     def last_step(self) -> int:
         """Number of the last committed step."""
@@ -356,6 +362,33 @@ class RowView:
                     _RERECORD,
                 )
         return values.reshape(entry.shape)
+
+    def sketched(self, i: int) -> bool:
+        """Whether the file holds a sketch of record `i` instead of its tensor, here or where its alias points."""
+        entry = self.layout.entries[i]
+        if entry.alias_of:
+            row, position = self.target(i)
+            return row.sketched(position)
+        return entry.sketched
+
+    def read_sketch(self, i: int) -> npt.NDArray[np.float32]:
+        """Sketch of record `i`, float32[61]; raises ValueError if the file holds none (see `sketched`)."""
+        entry = self.layout.entries[i]
+        if entry.alias_of:
+            row, position = self.target(i)
+            return row.read_sketch(position)
+        if not entry.sketched:
+            raise ValueError(f"{entry.name} has no sketch in {self.layout.trace.path}")
+        return self._sketches[entry.offset : entry.offset + schema.SKETCH_BUCKETS]
+
+    @cached_property
+    def _sketches(self) -> npt.NDArray[np.float32]:
+        layout, width = self.layout, schema.SKETCH_BUCKETS * sum(entry.sketched for entry in self.layout.entries)
+        sketches = layout.read_row(schema.SKETCH, self._position, "<f4", 0, width)
+        digest = layout.read_row(schema.SKETCH_DIGEST, self._position, f"V{schema.DIGEST_BYTES}", 0, 1)
+        if digest[0].tobytes() != schema.sketch_digest(sketches.tobytes(), self.stats.tobytes()):
+            raise Damaged(f"{layout.trace.path} is damaged: sketches of {self.address()} do not match their digest", _RERECORD)
+        return sketches
 
     def address(self) -> str:
         """`step 3, grad` or `step 3, loss, micro-batch 1`."""

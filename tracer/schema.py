@@ -18,8 +18,14 @@ Layout of the HDF5 file, default file version, no filters on data:
     /<phase>/<k>/state    uint8[R, n]       State of each record
     /<phase>/<k>/stats    float64[R, n, 7]  STATS of each record
     /<phase>/<k>/<dtype>  dtype[R, N]       the rows: all stored records of that dtype, packed, chunk [1, N]
+    /<phase>/<k>/sketch   float32[R, 61 m]  in a fingerprint: a random projection of each of m records, instead of them
+    /<phase>/<k>/sketch_digest  V16[R, 1]   xxh3_128 of a row's sketches and statistics, which its seal does not cover
 
 A phase gets a new layout when the set of its records, or a shape or dtype, changes.
+
+A *fingerprint* is a trace whose large tensors were replaced by projections (`trace shrink`): such a record's `dataset` is
+`sketch`, `offset` the first of its 61 numbers (see tracer/sketch.py), and its digest, state and statistics are those of the
+tensor, so that it is not stored and is still compared.
 """
 
 from __future__ import annotations
@@ -47,6 +53,10 @@ ROWS: Final = "rows"
 DIGEST: Final = "digest"
 STATE: Final = "state"
 STATS_TABLE: Final = "stats"
+SKETCH: Final = "sketch"
+SKETCH_DIGEST: Final = "sketch_digest"
+# Numbers in a sketch: a prime, see tracer/sketch.py.
+SKETCH_BUCKETS: Final = 61
 
 # The documents under /meta, in the order in which they are written.
 DOCUMENTS: Final = {
@@ -72,7 +82,7 @@ INDEX_FIELDS: Final = (
     ("name", "canonical name (that of the Hugging Face checkpoint)"),
     ("dtype", "dtype of the run, see DTYPES in tracer/dtypes.py"),
     ("shape", "canonical shape, `8,64`; empty for a scalar"),
-    ("dataset", "which packed dataset of the layout holds it; empty if the tensor is not stored here"),
+    ("dataset", "which packed dataset of the layout holds it; empty if nothing is stored here, `sketch`: only its projection"),
     ("offset", "first element in that dataset's row"),
     ("original", "the framework's own name"),
     ("transform", "how the framework's layout became the canonical one: empty, or `T` (transposed)"),
@@ -131,12 +141,21 @@ REPORTED_PREFIX: Final = "reported."
 
 
 @dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What stays of a tensor that is not carried along: its digest, STATS float64[7], and sketch float32[61] if it has one."""
+
+    digest: bytes
+    stats: npt.NDArray[np.float64]
+    sketch: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One tensor of one phase at one step, on its way into a file.
 
     `data` is in canonical layout (it may be a strided view of the run's own array, never of live memory);
     bfloat16 travels as uint16 bits.  None for a state of NONE or UNRECORDED.  With `stored=False` the file
-    keeps the digest and the statistics only, as for frozen weights.
+    keeps the digest and the statistics only, as for frozen weights; a `fingerprint` gives them without the data.
     """
 
     name: str
@@ -148,6 +167,12 @@ class Record:
     alias_of: str = ""
     stored: bool = True
     state: State = State.VALUE
+    fingerprint: Fingerprint | None = None
+
+    @property
+    def sketched(self) -> bool:
+        """Whether the file keeps a sketch of it."""
+        return self.fingerprint is not None and self.fingerprint.sketch is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +201,12 @@ class IndexEntry:
     @property
     def stored(self) -> bool:
         """Whether the tensor itself is in the file, here or where `alias_of` points."""
-        return bool(self.dataset or self.alias_of) or 0 in self.shape
+        return bool((self.dataset and not self.sketched) or self.alias_of) or 0 in self.shape
+
+    @property
+    def sketched(self) -> bool:
+        """Whether the file holds a sketch instead of the tensor."""
+        return self.dataset == SKETCH
 
     def as_text(self) -> tuple[str, ...]:
         """The fields as the strings that the file holds."""
@@ -206,6 +236,11 @@ def layout_digest(phase: Phase, entries: Sequence[IndexEntry]) -> bytes:
 def row_seal(layout: bytes, phase: Phase, step: int, micro_batch: int, states: bytes, digests: bytes) -> bytes:
     """Seal of a row, from its layout's digest and its own states (uint8[n]) and digests (V16[n])."""
     return xxhash.xxh3_128_digest(layout + f"{phase.label} {step} {micro_batch} ".encode() + states + digests)
+
+
+def sketch_digest(sketches: bytes, stats: bytes) -> bytes:
+    """Digest of a row of a fingerprint: of its sketches float32[61 m] and its statistics float64[n, 7]."""
+    return xxhash.xxh3_128_digest(sketches + stats)
 
 
 def step_seal(previous: bytes, step: int, rows: Sequence[bytes]) -> bytes:

@@ -122,7 +122,7 @@ class TraceWriter:
             _close(self._file)
 
     def _write_row(self, row: Row, done: dict[tuple[str, int], Written]) -> bytes:
-        key = (row.phase, tuple((r.name, r.dtype, r.shape, r.alias_of, r.stored) for r in row.records))
+        key = (row.phase, tuple((r.name, r.dtype, r.shape, r.alias_of, r.stored, r.sketched) for r in row.records))
         layout = self._layouts.get(key)
         if layout is None:
             self._disk.require(RESERVE_BYTES)
@@ -198,6 +198,9 @@ class _LayoutWriter:
             self._datasets[schema.STATS_TABLE] = row_dataset(
                 group, schema.STATS_TABLE, np.dtype("<f8"), (n, len(schema.STATS))
             )
+        if schema.SKETCH in widths:
+            digest = np.dtype(f"V{schema.DIGEST_BYTES}")
+            self._datasets[schema.SKETCH_DIGEST] = row_dataset(group, schema.SKETCH_DIGEST, digest, (1,))
         for name, (dtype, width) in widths.items():
             self._datasets[name] = row_dataset(group, name, dtype, (width,))
         self._row_bytes = sum(bytes_per_row(dataset) for dataset in self._datasets.values())
@@ -218,6 +221,9 @@ class _LayoutWriter:
         self._put(schema.STATE, tables.state)
         if self._has_stats:
             self._put(schema.STATS_TABLE, tables.stats)
+        if schema.SKETCH in packed:
+            digest = schema.sketch_digest(packed[schema.SKETCH].tobytes(), tables.stats.tobytes())
+            self._put(schema.SKETCH_DIGEST, np.array([digest], f"V{schema.DIGEST_BYTES}"))
         seal = schema.row_seal(
             self._digest, row.phase, row.step, row.micro_batch, tables.state.tobytes(), tables.digest.tobytes()
         )

@@ -12,8 +12,39 @@ from types import ModuleType
 from typing import Final
 
 from differ.causes import (
+    batch_mask,
+    batch_order,
+    batch_padding,
+    batch_shift,
+    clip,
     config_differs,
+    corrupt_elements,
+    forward,
+    grad_absent,
+    grad_mean_of_means,
+    grad_scale,
+    grad_stale,
+    init_draw,
+    init_frozen,
     init_names,
+    init_scale,
+    init_swapped,
+    layout_permutation,
+    layout_transpose,
+    lora_scale,
+    loss_precision,
+    loss_reduction,
+    notes,
+    optimizer_betas,
+    optimizer_bias_correction,
+    optimizer_eps,
+    optimizer_state_reset,
+    optimizer_weight_decay,
+    precision_overflow,
+    precision_rounding,
+    rng_dropout,
+    schedule_lr,
+    sign,
 )
 from differ.causes.context import Context
 from differ.causes.select import choose
@@ -22,11 +53,41 @@ from differ.result import Cause, Verdict
 # Causes of findings, the more specific ones first.
 FINDERS: Final[tuple[ModuleType, ...]] = (
     init_names,
+    init_swapped,
+    init_frozen,
+    layout_transpose,
+    layout_permutation,
+    sign,
+    init_scale,
+    init_draw,
+    schedule_lr,
+    batch_shift,
+    batch_padding,
+    batch_mask,
+    batch_order,
+    forward,
+    lora_scale,
+    loss_precision,
+    loss_reduction,
+    grad_absent,
+    grad_mean_of_means,
+    grad_stale,
+    grad_scale,
+    clip,
+    optimizer_state_reset,
+    optimizer_betas,
+    optimizer_bias_correction,
+    optimizer_weight_decay,
+    optimizer_eps,
+    precision_rounding,
+    precision_overflow,
+    rng_dropout,
+    corrupt_elements,
     config_differs,
 )
 
 # What is worth knowing with or without a finding: systematic effects within tolerance.
-NOTES: Final[tuple[ModuleType, ...]] = ()
+NOTES: Final[tuple[ModuleType, ...]] = (notes,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from differ.align import Row, Rows
 from differ.inputs import LORA_SCALE
+from differ.policy import Policy, default_policy
 from differ.result import Cause, Finding
 from tracer.dtypes import to_float64
 from tracer.reader import Trace
@@ -35,13 +36,15 @@ ONE_EACH: Final = (Phase.INIT, Phase.HPARAMS, Phase.BATCH, Phase.FORWARD, Phase.
 class Context:
     """Both traces, open, and what the comparison found.  `side` is always "a" or "b".
 
-    `findings` are in causal order; `notes` are the tally's, among them the rules that the judges fitted.
+    `findings` are in causal order; `notes` are the tally's, among them the rules that the judges fitted; `policy` is the one
+    that judged.
     """
 
     rows_a: Rows
     rows_b: Rows
     findings: tuple[Finding, ...]
     notes: tuple[Cause, ...] = ()
+    policy: Policy = field(default_factory=default_policy)
     _kept: OrderedDict[tuple[Any, ...], Float64] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from differ.align import Row, Rows
 from differ.compare import Distance, distance
 from differ.judges.across import judge_across, waived
+from differ.policy import Policy
 from differ.replay.clip import ClippedTensor, ClipRules, clipped_tensor, identify
 from differ.result import Cause
 from differ.session import RowPair, Session, value_finding
@@ -19,7 +20,7 @@ from tracer.schema import REPORTED_PREFIX, Phase
 
 def judge_clip(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     """Find each side's rule and compare the rules."""
-    rules = [clip_rules(session, rows, row) for rows, row in ((session.a, pair.a), (session.b, pair.b))]
+    rules = [clip_rules(session.policy, rows, row) for rows, row in ((session.a, pair.a), (session.b, pair.b))]
     a, b = rules
     tolerance = session.policy.exact["rule_constant"]
     if a is None or b is None or not (a.known and b.known):
@@ -31,7 +32,7 @@ def judge_clip(session: Session, pair: RowPair, names: Sequence[str]) -> None:
         _find_rules(session, pair, names, a, b)
 
 
-def clip_rules(session: Session, rows: Rows, row: Row) -> ClipRules | None:
+def clip_rules(policy: Policy, rows: Rows, row: Row) -> ClipRules | None:
     """Rules of one side at one step; None if its gradients were not recorded."""
     gradients = rows.get(Phase.GRAD, row.view.step)
     if gradients is None:
@@ -42,13 +43,13 @@ def clip_rules(session: Session, rows: Rows, row: Row) -> ClipRules | None:
             continue
         if name not in gradients.positions or not gradients.stored(name) or gradients.shape(name) != row.shape(name):
             return None
-        tensors.append(_measure(session, gradients, row, name))
-    return identify(tensors, session.policy.exact["rule_constant"])
+        tensors.append(_measure(policy, gradients, row, name))
+    return identify(tensors, policy.exact["rule_constant"])
 
 
-def _measure(session: Session, gradients: Row, row: Row, name: str) -> ClippedTensor:
+def _measure(policy: Policy, gradients: Row, row: Row, name: str) -> ClippedTensor:
     dtype = row.entry(name).dtype
-    tolerance = session.policy.replay(dtype)
+    tolerance = policy.replay(dtype)
     if gradients.digest(name) and gradients.digest(name) == row.digest(name) and gradients.entry(name).dtype == dtype:
         norm, low, high = (float(value) for value in row.view.stats[row.positions[name], :3])
         largest = max(abs(low), abs(high))
@@ -84,7 +85,9 @@ def _find_rules(session: Session, pair: RowPair, names: Sequence[str], a: ClipRu
         kind, value = found.named
         parameters = {"rule": kind.value} if value is None else {"rule": kind.value, "value": value}
         session.note_once(
-            Cause("rule", found.sentence(side), side=side, step=pair.step, phase=pair.phase.label, parameters=parameters)
+            Cause(
+                "rule", found.sentence(side), side=side, step=pair.step, phase=pair.phase.label, parameters=parameters
+            )
         )
     observed = measured.rel_l2()
     tolerance = session.policy.replay(pair.dtype(name))

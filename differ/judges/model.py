@@ -35,8 +35,8 @@ def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
         return
     # An evaluation comes after the update.
     inputs = session.inputs.before(pair.step + 1 if pair.phase is Phase.EVAL else pair.step)
-    floor = _floor(pair)
-    amplify = 1.0 / _loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
+    floor = noise_floor(pair)
+    amplify = 1.0 / batch_loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
     repeats = not session.first_step_of(pair.phase, pair.step)
     diverged = False
     for name in names:
@@ -50,7 +50,14 @@ def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
 
 
 def _judge_one(
-    session: Session, pair: RowPair, name: str, inputs: InputDistance | None, *, floor: float, amplify: float, repeats: bool
+    session: Session,
+    pair: RowPair,
+    name: str,
+    inputs: InputDistance | None,
+    *,
+    floor: float,
+    amplify: float,
+    repeats: bool,
 ) -> bool:
     """Judge one record; returns whether it differs beyond tolerance."""
     tolerance = session.tolerance(pair, name)
@@ -69,7 +76,9 @@ def _judge_one(
         session.tally.repeated(pair.phase, name)
         return True
     session.measured(pair, name, observed, allowed, distance=apart, diverged=True)
-    session.tally.find(value_finding(pair, name, measured, (a, b), observed=observed, tolerance=allowed, required=observed))
+    session.tally.find(
+        value_finding(pair, name, measured, (a, b), observed=observed, tolerance=allowed, required=observed)
+    )
     return True
 
 
@@ -80,14 +89,15 @@ def input_distance(phase: Phase, name: str, inputs: InputDistance | None, tolera
     return inputs.of_gradient(name) if phase in (Phase.GRAD, Phase.CLIPPED_GRAD, Phase.OPT_STATE) else inputs.model
 
 
-def _floor(pair: RowPair) -> float:
+def noise_floor(pair: RowPair) -> float:
+    """Norm below which a tensor of this row holds rounding noise only."""
     if pair.phase is not Phase.GRAD:
         return LOSS_FLOOR if pair.phase in (Phase.LOSS, Phase.EVAL) else 0.0
     sides = [math.hypot(*(float(l2) for l2 in row.view.stats[:, 0])) for row in (pair.a, pair.b)]
     return NOISE_SHARE * max(sides)
 
 
-def _loss(session: Session, step: int) -> float:
+def batch_loss(session: Session, step: int) -> float:
     """The smaller of the two sides' mean losses of a step, at most 1; 1 where none was recorded."""
     means = []
     for rows in (session.a, session.b):

@@ -92,14 +92,18 @@ class ClipRules:
         """What this side does, in words."""
         if not self.known:
             return f"{side} follows no known clipping rule"
-        kind, value = self.named
-        return {
-            Clip.NONE: f"{side} does not clip",
-            Clip.VALUE: f"{side} clips each element to ±{value}",
-            Clip.NORM: f"{side} clips by global norm at {value}",
-            Clip.TENSOR: f"{side} clips each tensor by its own norm at {value}",
-            Clip.SCALE: f"{side} multiplies all gradients by {value}",
-        }[kind]
+        return f"{side} {words(*self.named)}"
+
+
+def words(kind: Clip, value: float | None) -> str:
+    """What a side does under a rule, without the side."""
+    return {
+        Clip.NONE: "does not clip",
+        Clip.VALUE: f"clips each element to ±{value}",
+        Clip.NORM: f"clips by global norm at {value}",
+        Clip.TENSOR: f"clips each tensor by its own norm at {value}",
+        Clip.SCALE: f"multiplies all gradients by {value}",
+    }[kind]
 
 
 def tidy(value: float) -> float:
@@ -206,6 +210,8 @@ def _tensor_rule(tensors: list[ClippedTensor], tolerance: float) -> dict[Clip, L
     ends = [tensor.factor * (tensor.norm + NORM_EPS) for tensor in clipped]
     limit = max(ends)
     fits = all(tensor.proportional <= 1.0 and 0.0 < tensor.factor < 1.0 for tensor in clipped)
-    agree = all(abs(end - limit) <= max(tolerance, 8 * tensor.eps) * limit for end, tensor in zip(ends, clipped, strict=True))
+    agree = all(
+        abs(end - limit) <= max(tolerance, 8 * tensor.eps) * limit for end, tensor in zip(ends, clipped, strict=True)
+    )
     below = all(tensor.norm <= limit * (1.0 + tolerance) for tensor in tensors if tensor.untouched)
     return {Clip.TENSOR: Limit(limit, exact=True)} if fits and agree and below else {}

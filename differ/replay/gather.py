@@ -25,15 +25,17 @@ def update_inputs(rows: Rows, row: Row, name: str) -> UpdateInputs | None:
     before = _read(parameters_before(rows, step), name, row.shape(name))
     if hyper is None or before is None:
         return None
-    gradient = _read(_gradients(rows, step), name, row.shape(name))
     state = rows.get(Phase.OPT_STATE, step)
     first = _read(state, state_name(name, FIRST_MOMENT), row.shape(name))
     second = _read(state, state_name(name, SECOND_MOMENT), row.shape(name))
     if first is not None and second is not None:
-        return UpdateInputs(before, row.read(name), gradient, first, second, hyper)
+        return UpdateInputs(before, row.read(name), None, first, second, hyper)
+    gradient = _read(_gradients(rows, step), name, row.shape(name))
     if hyper.beta1 or hyper.beta2 or first is not None or second is not None or gradient is None:
         return None
-    buffer = next((_read(state, state_name(name, kind), row.shape(name)) for kind in MOMENTUM if _has(state, name, kind)), None)
+    buffer = next(
+        (_read(state, state_name(name, kind), row.shape(name)) for kind in MOMENTUM if _has(state, name, kind)), None
+    )
     if buffer is None and hyper.momentum:
         return None
     return UpdateInputs(before, row.read(name), gradient, buffer, None, hyper)

@@ -99,9 +99,10 @@ SENTENCES: Final = {
 
 @dataclass(frozen=True)
 class UpdateInputs:
-    """One parameter's update: before, after, clipped gradient (None: not recorded), moments after the update.
+    """One parameter's update: before, after, moments after the update.
 
-    For SGD `first` is the momentum buffer (None without momentum) and `second` is None.
+    For SGD `first` is the momentum buffer (None without momentum), `second` is None and the clipped `gradient` is given;
+    Adam's update does not read it.
     """
 
     before: Tensor
@@ -147,16 +148,21 @@ def fit_update(inputs: UpdateInputs, how: Rule, tolerance: ReplayTolerance) -> F
     choices = dict(how)
     fit = Fit(tolerance.spike)
     floor = SMALLEST_NORMAL.get(inputs.after.dtype, 0.0)
-    step = _adam_step if inputs.second is not None else _sgd_step
     for start in inputs.after.blocks():
         w = inputs.before.block(start, start + BLOCK)
         after = inputs.after.block(start, start + BLOCK)
-        update = step(inputs, choices, start, w)
+        update = update_block(inputs, how, start, w)
         decay = inputs.hyper.lr * inputs.hyper.weight_decay if choices["decay"] == "decoupled" else 0.0
         expected = w * (1.0 - decay) - update
         rounding = tolerance.ulp * tolerance.eps * np.maximum(np.abs(w), np.abs(after))
         fit.add(start, after, expected, rounding + tolerance.relative * np.abs(update) + floor)
     return fit
+
+
+def update_block(inputs: UpdateInputs, how: Rule, start: int, before: Float64) -> Float64:
+    """What a rule subtracts from one block of the parameter `before` the update, decoupled decay aside."""
+    step = _adam_step if inputs.second is not None else _sgd_step
+    return step(inputs, dict(how), start, before)
 
 
 def _adam_step(inputs: UpdateInputs, choices: dict[str, str], start: int, _w: Float64) -> Float64:

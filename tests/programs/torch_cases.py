@@ -7,6 +7,7 @@ Writes FOLDER/<case>.h5 and prints per case what it returned: both times it must
 
 import contextlib
 import copy
+import gc
 import hashlib
 import io
 import json
@@ -277,6 +278,39 @@ def compiled():
 
 
 @case
+def compiled_in_place():
+    model = Tiny(dropout=0.0)
+    model.compile(backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for ids in batches(2):
+        optimizer.zero_grad()
+        model(ids, ids).backward()
+        optimizer.step()
+    torch._dynamo.reset()
+    return digest(model, optimizer)
+
+
+@case
+def backward_that_fails():
+    """As a loop that meets "out of memory" and tries again with the next batch."""
+    model = Tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def fail(grad):
+        raise MemoryError
+
+    for i, ids in enumerate(batches(3)):
+        loss = model(ids, ids)
+        if i == 1:
+            loss.register_hook(fail)
+        with contextlib.suppress(MemoryError):
+            loss.backward()
+        if i == 2:
+            optimizer.step()
+    return digest(model, optimizer)
+
+
+@case
 def copied_and_saved():
     """A copy of the model and a saved file hold nothing of the recorder."""
     model = Tiny()
@@ -325,6 +359,27 @@ def run(name, recording):
         return CASES[name]()
 
 
+@contextlib.contextmanager
+def careless_recorder(fault):
+    """What a recorder must never do, to show that the comparison would find it."""
+    original = torch.Tensor.backward
+
+    def backward(loss, *args, **kwargs):
+        result = original(loss, *args, **kwargs)
+        if fault == "draws a number":
+            torch.rand(1)
+        elif fault == "rounds a gradient":
+            for model in (o for o in gc.get_objects() if type(o) is Tiny and o.inner.weight.grad is not None):
+                model.inner.weight.grad[0, 0] = torch.nextafter(model.inner.weight.grad[0, 0], torch.tensor(9.0))
+        return result
+
+    torch.Tensor.backward = backward
+    try:
+        yield
+    finally:
+        torch.Tensor.backward = original
+
+
 def hooked():
     """What the recorder replaces, as it is now."""
     return [
@@ -343,6 +398,10 @@ def main():
         plain = run(name, contextlib.nullcontext())
         results[name] = [plain, run(name, tracer.record(folder / f"{name}.h5"))]
     results["restored"] = hooked() == before
+    results["planted"] = {
+        fault: [run("full_fine_tune", contextlib.nullcontext()), run("full_fine_tune", careless_recorder(fault))]
+        for fault in ("nothing", "draws a number", "rounds a gradient")
+    }
     print(json.dumps(results))
 
 

@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tracer.dtypes import to_float64
+from tests.tracer.mlx_runs import PROGRAMS, Run, Runner, execute, parameters_before, run_program, states, traced, values
 from tracer.reader import Trace, open_trace
-from tracer.schema import WHOLE_STEP, Phase, State
+from tracer.schema import Phase, State
 
 pytest.importorskip("mlx.core", reason="needs the extra `mlx`")
-
-ROOT = Path(__file__).parents[2]
-PROGRAMS = ROOT / "tests" / "programs"
-Values = dict[str, np.ndarray[Any, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A program that ran: its fingerprint, its own gradients, its trace (if recorded), what it said on stderr."""
-
-    result: dict[str, Any]
-    gradients: Values
-    trace: Path | None
-    stderr: str
-
-
-Runner = Callable[..., Run]
-
-
-def execute(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in a fresh process."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{PROGRAMS}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -57,55 +24,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     def once(program: str, *arguments: str, recorded: bool) -> Run:
         key = (program, arguments, recorded)
         if key not in known:
-            known[key] = _run(tmp_path_factory.mktemp("run"), program, arguments, recorded)
+            known[key] = run_program(tmp_path_factory.mktemp("run"), program, arguments, recorded)
         return known[key]
 
     return once
-
-
-def _run(folder: Path, program: str, arguments: tuple[str, ...], recorded: bool) -> Run:
-    result, trace = folder / "result.json", folder / "run.h5"
-    # Loops take their name first, the trainer its result: both are told where to leave it.
-    own = [arguments[0], str(result), *arguments[1:]] if program == "mlx_loops.py" else [str(result), *arguments]
-    if arguments[0] == "made_before":
-        done = execute(PROGRAMS / program, *own, *([str(trace)] if recorded else []))
-    else:
-        head = [PROGRAMS / "run_recorded.py", trace] if recorded else []
-        done = execute(*head, PROGRAMS / program, *own)
-    kept = Path(f"{result}.npz")
-    gradients = dict(np.load(kept)) if kept.exists() else {}
-    return Run(json.loads(result.read_text()), gradients, trace if recorded else None, done.stderr)
-
-
-def traced(run: Run) -> Trace:
-    """The trace of a recorded run."""
-    assert run.trace is not None
-    return open_trace(run.trace)
-
-
-def values(trace: Trace, phase: Phase, step: int, micro_batch: int = WHOLE_STEP) -> Values:
-    """All values of a row, in the run's dtype; bfloat16 and others as float64."""
-    row = trace.row(phase, step, micro_batch)
-    assert row is not None, (phase, step, micro_batch)
-    entries = row.layout.entries
-    return {
-        entry.name: row.read(i) if entry.dtype != "bfloat16" else to_float64(row.read(i), entry.dtype)
-        for i, entry in enumerate(entries)
-        # A tied head refers to a frozen embedding, of which only the digest is kept.
-        if entry.stored and not (phase is Phase.INIT and entry.alias_of) and row.states[i] in (State.VALUE, State.ZERO)
-    }
-
-
-def states(trace: Trace, phase: Phase, step: int, micro_batch: int = WHOLE_STEP) -> dict[str, State]:
-    """State of each record of a row."""
-    row = trace.row(phase, step, micro_batch)
-    assert row is not None
-    return {entry.name: State(row.states[i]) for i, entry in enumerate(row.layout.entries)}
-
-
-def parameters_before(trace: Trace, step: int) -> Values:
-    """Trained parameters before a step."""
-    return values(trace, Phase.INIT, 0) if step == 1 else values(trace, Phase.PARAM, step - 1)
 
 
 LOOPS = (
@@ -161,6 +83,8 @@ def test_the_mlx_lm_command_line_leaves_identical_adapters(tmp_path: Path) -> No
     with open_trace(tmp_path / "run.h5") as trace:
         observed = trace.observed
         assert trace.steps == (0, 1, 2, 3, 4)
+        # mlx-lm imports transformers, and that imports torch: what trains is MLX all the same.
+        assert observed["framework"] == "mlx"
         assert observed["trainer.class"] == "mlx_lm.tuner.trainer.train"
         assert observed["trainer.args.max_seq_length"] == 64
         assert observed["trainer.args.iters"] == 4

@@ -104,10 +104,13 @@ def parameters(trace: Trace) -> list[str]:
     return [entry.name for entry in row(trace, Phase.PARAM, 1).layout.entries]
 
 
-def ulps(got: Array, expected: Array, *terms: Array) -> float:
-    """Largest distance in float32 ULPs of the largest number that the computation went through."""
+def roundings(got: Array, expected: Array, *terms: Array) -> float:
+    """Largest distance in units of 2^-24, the relative error of one float32 rounding, of the largest term.
+
+    Not in ULPs: a relative error of 2^-24 is half an ULP at the bottom of a binade and a whole one at its top.
+    """
     scale = functools.reduce(np.maximum, [np.abs(x) for x in (got, expected, *terms)])
-    return float(np.max(np.abs(got - expected) / np.spacing(scale.astype(np.float32))))
+    return float(np.max(np.abs(got - expected) / np.maximum(scale, np.finfo(np.float32).tiny))) * 2**24
 
 
 @pytest.mark.parametrize("command", LOOPS)
@@ -132,7 +135,8 @@ def test_clip_and_adamw_recomputed_from_the_record_give_what_is_recorded(
         for step in (1, 2, 3):
             clipped = clip(trace, step, by_hand="hand" in command)
             for name in parameters(trace):
-                assert ulps(values(row(trace, Phase.CLIPPED_GRAD, step), name), clipped[name]) <= 2
+                # One product, by a factor that is computed in float32 here too.
+                assert roundings(values(row(trace, Phase.CLIPPED_GRAD, step), name), clipped[name]) <= 1.01
                 check_adamw(trace, step, name)
 
 
@@ -151,12 +155,13 @@ def clip(trace: Trace, step: int, *, by_hand: bool) -> dict[str, Array]:
     return {name: grad * factor for name, grad in grads.items()}
 
 
-def check_adamw(trace: Trace, step: int, name: str) -> None:
+def check_adamw(trace: Trace, step: int, name: str, *, lr_factor: float = 1.0) -> None:
     """One AdamW update in float64: state from the state before, parameter from the parameter before."""
     hparams = row(trace, Phase.HPARAMS, step)
     lr, beta1, beta2, eps, decay = (
         float(values(hparams, f"group0.{key}")) for key in ("lr", "beta1", "beta2", "eps", "weight_decay")
     )
+    lr *= lr_factor
     assert values(hparams, "group0.bias_correction") == 1
     grad = values(row(trace, Phase.CLIPPED_GRAD, step), name)
     m = v = np.zeros_like(grad)
@@ -166,12 +171,51 @@ def check_adamw(trace: Trace, step: int, name: str) -> None:
     state = row(trace, Phase.OPT_STATE, step)
     assert values(state, "step") == step
     new_m, new_v = values(state, f"{name}/exp_avg"), values(state, f"{name}/exp_avg_sq")
-    assert ulps(new_m, beta1 * m + (1 - beta1) * grad, m, (1 - beta1) * grad) <= 2
-    assert ulps(new_v, beta2 * v + (1 - beta2) * grad**2) <= 2
+    # The bounds are the number of float32 roundings, counted from the formulas: scalars that are cast, and operations.
+    assert roundings(new_m, beta1 * m + (1 - beta1) * grad, m, (1 - beta1) * grad) <= 5
+    assert roundings(new_v, beta2 * v + (1 - beta2) * grad**2) <= 6
     update = lr * (new_m / (1 - beta1**step)) / (np.sqrt(new_v / (1 - beta2**step)) + eps)
     weight = values(row(trace, Phase.INIT, 0) if step == 1 else row(trace, Phase.PARAM, step - 1), name)
-    # Six roundings to float32, of at most half an ULP each: root, division, eps, division, learning rate, sum.
-    assert ulps(values(row(trace, Phase.PARAM, step), name), weight * (1 - lr * decay) - update, weight, update) <= 3
+    got = values(row(trace, Phase.PARAM, step), name)
+    assert roundings(got, weight * (1 - lr * decay) - update, weight, update) <= 10
+
+
+@pytest.mark.parametrize("command", LOOPS)
+def test_the_recorded_update_is_what_the_optimizer_makes_of_the_recorded_inputs_to_the_bit(
+    pairs: Callable[..., Pair], command: tuple[str, ...]
+) -> None:
+    _, _, path = pairs(*command)
+    with open_trace(path) as trace:
+        differing = [(s, n) for s in (1, 2, 3) for n in parameters(trace) if not replays_exactly(trace, s, n)]
+        # The two implementations round differently, so the comparison is one that can fail.
+        others = [(s, n) for s in (1, 2, 3) for n in parameters(trace) if not replays_exactly(trace, s, n, other=True)]
+    assert differing == []
+    assert others != []
+
+
+def replays_exactly(trace: Trace, step: int, name: str, *, other: bool = False) -> bool:
+    """Whether torch's own AdamW, given the recorded inputs of a step, makes the recorded state and parameter."""
+    import torch
+
+    def tensor(phase: Phase, at: int, record: str) -> Any:
+        view = row(trace, phase, at)
+        return torch.from_numpy(view.read(view.layout.positions[record]).copy())
+
+    settings = {key: float(tensor(Phase.HPARAMS, step, f"group0.{key}")) for key in ("lr", "eps", "weight_decay")}
+    betas = tuple(float(tensor(Phase.HPARAMS, step, f"group0.{key}")) for key in ("beta1", "beta2"))
+    fused = trace.observed.get("trainer.args.optim") == "adamw_torch_fused"
+    before = (Phase.INIT, 0) if step == 1 else (Phase.PARAM, step - 1)
+    parameter = torch.nn.Parameter(tensor(*before, name))
+    optimizer = torch.optim.AdamW([parameter], betas=betas, fused=fused != other, **settings)
+    parameter.grad = tensor(Phase.CLIPPED_GRAD, step, name)
+    kinds = ("exp_avg", "exp_avg_sq")
+    if step > 1:
+        state = {kind: tensor(Phase.OPT_STATE, step - 1, f"{name}/{kind}") for kind in kinds}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step - 1)), **state}
+    optimizer.step()
+    made = [parameter.detach(), *(optimizer.state[parameter][kind] for kind in kinds)]
+    recorded = [tensor(Phase.PARAM, step, name), *(tensor(Phase.OPT_STATE, step, f"{name}/{k}") for k in kinds)]
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(made, recorded, strict=True))
 
 
 def test_the_learning_rate_is_the_one_of_the_update_and_not_the_next_one(pairs: Callable[..., Pair]) -> None:
@@ -261,10 +305,21 @@ def test_gradients_clamped_by_hand_differ_from_those_before(pairs: Callable[...,
         assert np.max(np.abs(before)) > np.float32(0.002) == np.max(np.abs(after))
 
 
-def test_no_unusual_loop_is_changed_and_every_hook_is_taken_back(cases: tuple[dict[str, Any], Path]) -> None:
-    results, _ = cases
-    assert results.pop("restored") is True
+def test_no_unusual_loop_is_changed_and_every_hook_is_taken_back(cases: Any) -> None:
+    results = {name: pair for name, pair in cases[0].items() if name not in ("restored", "planted")}
+    assert cases[0]["restored"] is True
     assert [name for name, (plain, recorded) in results.items() if plain != recorded] == []
+
+
+def test_the_comparison_finds_a_recorder_that_draws_a_number_or_touches_a_gradient(cases: Any) -> None:
+    changed = {fault: plain != recorded for fault, (plain, recorded) in cases[0]["planted"].items()}
+    assert changed == {"nothing": False, "draws a number": True, "rounds a gradient": True}
+
+
+def test_the_recomputation_finds_a_learning_rate_that_is_slightly_wrong(pairs: Callable[..., Pair]) -> None:
+    _, _, path = pairs(*LOOPS[0])
+    with open_trace(path) as trace, pytest.raises(AssertionError):
+        check_adamw(trace, 1, parameters(trace)[1], lr_factor=1.00001)
 
 
 def test_a_run_without_a_clip_refers_to_grad_and_a_parameter_without_gradient_is_none(cases: Any) -> None:
@@ -384,6 +439,14 @@ def test_gradients_without_a_backward_are_unrecorded_but_what_the_optimizer_got_
         assert states(row(trace, Phase.LOSS, 1, 0)) == {"loss": State.UNRECORDED}
         assert states(row(trace, Phase.GRAD, 1))["inner.weight"] is State.UNRECORDED
         assert states(row(trace, Phase.CLIPPED_GRAD, 1))["inner.weight"] is State.VALUE
+        assert states(row(trace, Phase.BATCH, 1, 0))["input_ids"] is State.VALUE
+        assert "accumulation" not in trace.observed
+
+
+def test_a_backward_that_fails_leaves_no_micro_batch(cases: Any) -> None:
+    with open_trace(cases[1] / "backward_that_fails.h5") as trace:
+        assert trace.micro_batches(Phase.LOSS, 1) == trace.micro_batches(Phase.BATCH, 1) == (0, 1)
+        assert trace.observed["accumulation"] == 2
 
 
 def test_a_backward_inside_a_backward_counts_once(cases: Any) -> None:
@@ -396,6 +459,13 @@ def test_a_compiled_model_gives_its_batches_and_says_that_it_is_compiled(cases: 
         assert trace.observed["compiled"] is True
         assert values(row(trace, Phase.BATCH, 2, 0), "input_ids").shape == (2, 5)
         assert "inner.weight" in parameters(trace)
+
+
+def test_batches_that_only_compiled_code_sees_are_unrecorded(cases: Any) -> None:
+    with open_trace(cases[1] / "compiled_in_place.h5") as trace:
+        assert trace.observed["compiled"] is True
+        assert states(row(trace, Phase.BATCH, 1, 0)) == {"input_ids": State.UNRECORDED}
+        assert states(row(trace, Phase.GRAD, 1))["inner.weight"] is State.VALUE
 
 
 def test_a_saved_model_holds_nothing_of_the_recorder(cases: Any) -> None:

@@ -131,11 +131,15 @@ class Backend:
                 result = fun(*args, **kwargs)
             finally:
                 self._frame = outer
-            plan = str(len(self._plans))
-            self._plans[plan] = tuple(frame.events)
-            return result, {plan: frame.tape.arrays}
+            return result, {self._plan(tuple(frame.events)): frame.tape.arrays}
 
         return traced
+
+    def _plan(self, events: tuple[Event, ...]) -> str:
+        """Key of a trace's events; where MLX does not compile, a function is "traced" at every call, alike."""
+        key = next((key for key, known in self._plans.items() if known == events), str(len(self._plans)))
+        self._plans[key] = events
+        return key
 
     def _calling(self, fun: Function, compiled: Function) -> Function:
         """The compiled function as the program calls it: its own result, the extra outputs recorded."""

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from tracer.backends.pytorch_model import live_optimizers
+from tracer.backends.pytorch_registry import Registry
 from tracer.backends.pytorch_run import Run
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Backend:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._run = Run(recorder, self._hook_forward)
+        self._registry = Registry(self._hook_forward)
+        self._run = Run(recorder, self._registry)
         self._restore: list[Callable[[], None]] = []
         self._backward_depth = 0
         self._clip_depth = 0
@@ -55,6 +57,8 @@ class Backend:
         """End the step under way and take every hook back, the last first."""
         with self._recorder.guard():
             self._run.finish()
+        with self._recorder.guard():
+            self._registry.close()
         while self._restore:
             with contextlib.suppress(Exception):
                 self._restore.pop()()
@@ -65,8 +69,6 @@ class Backend:
         import torch
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-        self._recorder.observe("framework", "torch")
-        self._recorder.observe("framework.version", str(torch.__version__))
         self._restore.append(register_optimizer_step_pre_hook(self._before_update).remove)
         self._restore.append(register_optimizer_step_post_hook(self._after_update).remove)
         self._patch(torch.optim.Optimizer, "__init__", self._wrap_construction)
@@ -80,7 +82,7 @@ class Backend:
             original = getattr(torch.nn.utils.clip_grad, name, None)
             if original is not None:
                 self._replace_everywhere(original, self._wrap_clip(original, mode))
-        self._run.watch(live_optimizers())
+        self._registry.watch(live_optimizers())
 
     def _install_trainer(self) -> None:
         trainer = sys.modules["transformers.trainer"].Trainer
@@ -112,14 +114,14 @@ class Backend:
             original(optimizer, *args, **kwargs)
             if self._recorder.active:
                 with self._recorder.guard():
-                    self._run.add_optimizer(optimizer)
+                    self._registry.add(optimizer)
 
         return construct
 
     def _before_update(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._recorder.active:
             with self._recorder.guard():
-                self._run.add_optimizer(optimizer)
+                self._registry.add(optimizer)
                 self._run.update_begins(optimizer, closure=_has_closure(args, kwargs))
 
     def _after_update(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -220,7 +222,8 @@ class Backend:
             model = args[0] if args else kwargs.get("model")
             if self._recorder.active and hasattr(result, "register_forward_pre_hook"):
                 with self._recorder.guard():
-                    self._run.wrapped(model, result)
+                    if self._registry.wrapped(model, result):
+                        self._recorder.observe("compiled", True)
             return result
 
         return compile_

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tracer.backends.pytorch_batch import batch_records, named_arguments, with_targets
-from tracer.backends.pytorch_model import Model, ModuleGraph, initial_records, model_facts, trainable
+from tracer.backends.pytorch_model import initial_records, model_facts, trainable
 from tracer.backends.pytorch_optimizer import bias_correction, groups_of, merged, step_records, take_state
-from tracer.backends.pytorch_step import Named, Step
+from tracer.backends.pytorch_registry import Registry
+from tracer.backends.pytorch_step import Step
 from tracer.backends.pytorch_tensors import Taken, numpy_rng_record, rng_records, take, unrecorded
 from tracer.schema import Phase, Record
 
@@ -44,30 +45,17 @@ class _Forward:
     rng: list[Record]
 
 
-@dataclass(frozen=True, slots=True)
-class _Dormant:
-    """An optimizer that has done nothing since recording began, and its models with the handles of their hooks."""
-
-    optimizer: weakref.ref[Any]
-    models: tuple[tuple[weakref.ref[Any], Any], ...]
-
-
 class Run:
-    """The run as seen so far.  `hook_forward` hooks a root module and returns the hook's handle."""
+    """The run as seen so far."""
 
-    def __init__(self, recorder: Recorder, hook_forward: Callable[[Any], Any]) -> None:
+    def __init__(self, recorder: Recorder, registry: Registry) -> None:
         self.recorder = recorder
-        self.models: list[Model] = []
+        self.registry = registry
         # What the trainer drew for the micro-batch under way, where a trainer is hooked.
         self.inputs: Mapping[str, Any] = {}
         # Updates seen; one that a GradScaler skips does not count.
         self.updates = 0
-        self._hook_forward = hook_forward
-        self._optimizers: list[weakref.ref[Any]] = []
-        # Optimizers that were there before us, with the hooks of their models: they may be left over from another run.
-        self._dormant: list[_Dormant] = []
         self._step = Step()
-        self._started = False
         self._candidate: _Forward | None = None
         self._scaled: _Scaled | None = None
         # Optimizers that are updating now: the first, and any that it drives.
@@ -76,107 +64,32 @@ class Run:
         self._backwards_in_update = 0
         self._backward_under_way = False
 
-    # Optimizers and models.
-
-    def add_optimizer(self, optimizer: Any) -> None:
-        """Take note of an optimizer and of the models that it updates."""
-        parameters = trainable(optimizer)
-        if not parameters or any(ref() is optimizer for ref in self._optimizers):
-            return
-        self._forget_dormant(d for d in self._dormant if d.optimizer() is optimizer)
-        self._optimizers = [ref for ref in self._optimizers if ref() is not None]
-        self._optimizers.append(weakref.ref(optimizer))
-        self._step.tracked = []
-        known = {id(p) for model in self.models for _, p in model.parameters()}
-        if any(id(p) not in known for p in parameters):
-            self._add_models(ModuleGraph().roots(parameters))
-
-    def watch(self, optimizers: Sequence[Any]) -> None:
-        """Take note of optimizers that were there before; they count from the first call of their model on."""
-        graph = ModuleGraph() if optimizers else None
-        for optimizer in optimizers:
-            roots = graph.roots(trainable(optimizer)) if graph is not None else []
-            models = tuple((weakref.ref(root), self._hook_forward(root)) for root in roots)
-            self._dormant.append(_Dormant(weakref.ref(optimizer), models))
-
-    def _wake(self, module: Any) -> None:
-        """A root module is called: the optimizers that wait for it count from now on."""
-        woken = [d for d in self._dormant if any(ref() is module for ref, _ in d.models)]
-        self._forget_dormant(woken)
-        for dormant in woken:
-            if (optimizer := dormant.optimizer()) is not None:
-                self.add_optimizer(optimizer)
-
-    def _forget_dormant(self, dormant: Iterable[_Dormant]) -> None:
-        for one in list(dormant):
-            self._dormant.remove(one)
-            for _, hook in one.models:
-                hook.remove()
-
-    def _add_models(self, roots: Iterable[Any]) -> None:
-        for root in roots:
-            inside = {id(module) for module in root.modules()}
-            if not self._started:
-                # A module that wraps an earlier root takes its place: names are those of the outermost.
-                for model in [m for m in self.models if m.root is None or id(m.root) in inside]:
-                    model.hook.remove()
-                    self.models.remove(model)
-            if not any(m.root is root for m in self.models):
-                prefix = f"model{len(self.models)}." if self.models else ""
-                self.models.append(Model(weakref.ref(root), prefix, self._hook_forward(root)))
-
-    def wrapped(self, module: Any, wrapper: Any) -> None:
-        """torch.compile has put a wrapper around a module.
-
-        A hook inside compiled code would be compiled with it, so it moves to the wrapper.
-        """
-        for i, model in enumerate(self.models):
-            if model.root is module and wrapper is not module:
-                model.hook.remove()
-                self.models[i] = replace(model, hook=self._hook_forward(wrapper))
-                self.recorder.observe("compiled", True)
-
-    def _tracked(self) -> list[Named]:
-        """Trainable parameters of the models and of the optimizers, by name; worked out once a step."""
-        if not self._step.tracked:
-            named = [(n, p) for model in self.models for n, p in model.parameters() if p.requires_grad]
-            known = {id(p) for _, p in named}
-            for i, optimizer in enumerate(self._live()):
-                for j, parameter in enumerate(trainable(optimizer)):
-                    if id(parameter) not in known:
-                        known.add(id(parameter))
-                        named.append((f"optimizer{i}.parameter{j}", parameter))
-            self._step.tracked = named
-        return self._step.tracked
-
-    def _named(self, optimizer: Any) -> list[Named]:
-        mine = {id(p) for p in trainable(optimizer)}
-        return [(name, p) for name, p in self._tracked() if id(p) in mine]
-
-    def _live(self) -> list[Any]:
-        return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
-
     # The start.
 
     def _start(self) -> None:
         """Record step 0, once: the state before the first update."""
-        if self._started:
+        if self.registry.settled:
             return
-        self._started = True
+        import torch
+
+        self.registry.settled = True
         recorder, names = self.recorder, self.recorder.names
         if recorder.wants(Phase.INIT):
-            recorder.add(Phase.INIT, initial_records(self.models, names))
+            recorder.add(Phase.INIT, initial_records(self.registry.models, names))
             numpy_rng = numpy_rng_record()
             recorder.add(Phase.INIT, rng_records() + ([numpy_rng] if numpy_rng else []))
         if recorder.wants(Phase.OPT_STATE):
             # A resumed run has state already.
             counts: dict[str, int] = {}
-            for optimizer in self._live():
-                records, own = take_state(self._named(optimizer), [optimizer.state], names)
+            for optimizer in self.registry.live():
+                records, own = take_state(self.registry.named(optimizer), [optimizer.state], names)
                 recorder.add(Phase.OPT_STATE, records)
                 counts |= own
             recorder.add(Phase.OPT_STATE, step_records(counts, names))
-        for key, value in model_facts(self.models).items():
+        # Only now: importing torch does not make it the framework that trains.
+        recorder.observe("framework", "torch")
+        recorder.observe("framework.version", str(torch.__version__))
+        for key, value in model_facts(self.registry.models).items():
             recorder.observe(key, value)
         recorder.end_step()
 
@@ -184,8 +97,7 @@ class Run:
 
     def forward(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A root module is called with gradients enabled."""
-        if self._dormant:
-            self._wake(module)
+        self.registry.called(module)
         if self._step.stepped and not self._backward_under_way:
             self._end_step()
         # torch.compile's wrapper keeps the mode that the module had when it was wrapped.
@@ -218,12 +130,12 @@ class Run:
 
     def backward_begins(self, tensors: Any, weights: Any) -> None:
         """The program calls backward on `tensors` (one, or several) with `weights` (usually none)."""
-        if not self._live():
+        if not self.registry.live():
             return
         if self._step.stepped:
             self._end_step()
         self._start()
-        if self._step.losses and all(p.grad is None for _, p in self._tracked()):
+        if self._step.losses and all(p.grad is None for _, p in self.registry.tracked()):
             # The gradients so far were thrown away.  (Where they are zeroed instead, this cannot be told from a
             # micro-batch without a gradient, and the micro-batches stay.)
             self._step.discard_micro_batches()
@@ -231,9 +143,7 @@ class Run:
             self._step.waiting = [self._candidate.batch]
             self._step.rng = self._step.rng or self._candidate.rng
             self._candidate = None
-        self._step.batches += self._step.waiting
-        self._step.waiting = []
-        self._step.losses.append(self._loss(tensors, weights))
+        self._step.begin_micro_batch(self._loss(tensors, weights))
         self._backward_under_way = True
 
     def _loss(self, tensors: Any, weights: Any) -> Record:
@@ -254,7 +164,10 @@ class Run:
     def backward_ended(self, *, failed: bool) -> None:
         """The outermost backward has returned, or raised."""
         under_way, self._backward_under_way = self._backward_under_way, False
-        if failed or not under_way:
+        if not under_way:
+            return
+        if failed:
+            self._step.undo_micro_batch()
             return
         if self._updating:
             self._backwards_in_update += 1
@@ -262,7 +175,7 @@ class Run:
             # The optimizer works inside the backward, one parameter at a time.
             self._end_step()
         elif self.recorder.wants(Phase.GRAD) or self.recorder.wants(Phase.CLIPPED_GRAD):
-            self._tracked()
+            self._step.tracked = self.registry.tracked()
             self._step.snapshot()
 
     def clipped(self, mode: str, limit: float, norm: Any) -> None:
@@ -303,7 +216,7 @@ class Run:
     def _take_groups(self, optimizer: Any) -> None:
         if not self.recorder.wants(Phase.HPARAMS):
             return
-        names = {id(p): self.recorder.names(name).name for name, p in self._tracked()}
+        names = {id(p): self.recorder.names(name).name for name, p in self.registry.tracked()}
         self._step.groups += groups_of(optimizer, lambda p: names.get(id(p), ""))
         # Where no forward was seen, this is the earliest that is known of the generators.
         self._step.rng = self._step.rng or rng_records()
@@ -322,7 +235,9 @@ class Run:
             self._settle_closure(optimizer)
         recorder = self.recorder
         states = [optimizer.state, *(o.state for o in inner)] if recorder.wants(Phase.OPT_STATE) else []
-        self._step.updated_by(self._named(optimizer), states, recorder.names, with_params=recorder.wants(Phase.PARAM))
+        self._step.updated_by(
+            self.registry.named(optimizer), states, recorder.names, with_params=recorder.wants(Phase.PARAM)
+        )
         self._step.stepped[id(optimizer)] = optimizer
         recorder.observe("optimizer.class", type(optimizer).__name__)
         if (corrected := bias_correction(optimizer)) is not None:
@@ -339,10 +254,10 @@ class Run:
 
     def _more_to_come(self) -> bool:
         """Whether another optimizer has gradients to apply in this step."""
-        waiting = {id(p) for _, p in self._tracked() if p.grad is not None} - set(self._step.updated)
+        waiting = {id(p) for _, p in self.registry.tracked() if p.grad is not None} - set(self._step.updated)
         return any(
             any(id(p) in waiting for p in trainable(optimizer))
-            for optimizer in self._live()
+            for optimizer in self.registry.live()
             if id(optimizer) not in self._step.stepped
         )
 
@@ -354,20 +269,16 @@ class Run:
     # The end of a step.
 
     def finish(self) -> None:
-        """End a step that still waited for another optimizer when the run ended; take the hooks back."""
+        """End a step that still waited for another optimizer when the run ended."""
         if self._step.stepped:
             self._end_step()
-        for model in self.models:
-            model.hook.remove()
-        self.models = []
-        self._forget_dormant(self._dormant)
 
     def _end_step(self) -> None:
         step, recorder = self._step, self.recorder
-        self._tracked()
+        step.tracked = self.registry.tracked()
         self._observe_step()
         recorder.add(Phase.HPARAMS, step.hparams())
-        for i, batch in enumerate(step.batches):
+        for i, batch in enumerate(step.batch_records()):
             recorder.add(Phase.BATCH, batch, i)
         for i, loss in enumerate(step.loss_records()):
             recorder.add(Phase.LOSS, [loss], i)
@@ -378,7 +289,9 @@ class Run:
             recorder.add(Phase.CLIPPED_GRAD, step.given_records(recorder.names, with_grad=with_grad))
         recorder.add(Phase.OPT_STATE, step.state_records(recorder.names))
         recorder.add(Phase.PARAM, step.param_records())
-        self._step = Step(waiting=step.waiting)
+        # A forward that no backward followed is no part of the next step.
+        self._step = Step()
+        self.registry.step_ended()
         recorder.end_step()
 
     def _observe_step(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tracer.backends.pytorch_optimizer import Group, group_records, merged, step_records, take_state
+from tracer.backends.pytorch_registry import Named
 from tracer.backends.pytorch_tensors import (
     Taken,
     alias_of,
@@ -25,8 +26,6 @@ from tracer.backends.pytorch_tensors import (
 from tracer.names import NameMap
 from tracer.schema import Phase, Record
 
-Named = tuple[str, Any]
-
 
 @dataclass(slots=True)
 class Step:
@@ -38,6 +37,8 @@ class Step:
     waiting: list[list[Record]] = field(default_factory=list)
     batches: list[list[Record]] = field(default_factory=list)
     losses: list[Record] = field(default_factory=list)
+    # Batches before the latest backward.
+    before: int = 0
     # Gradients after the latest backward, by id of the parameter; None before the first.
     grads: dict[int, Taken] | None = None
     # Factors that a GradScaler multiplied the losses of this step by.
@@ -53,6 +54,18 @@ class Step:
     params: dict[int, Record] = field(default_factory=dict)
     # Optimizers that have made their update, by id; kept until the step ends so that no id is used twice.
     stepped: dict[int, Any] = field(default_factory=dict)
+
+    def begin_micro_batch(self, loss: Record) -> None:
+        """A backward begins: the forwards since the last one belong to it."""
+        self.before = len(self.batches)
+        self.batches += self.waiting
+        self.waiting = []
+        self.losses.append(loss)
+
+    def undo_micro_batch(self) -> None:
+        """The backward raised, and the program goes on without it."""
+        del self.batches[self.before :]
+        self.losses.pop()
 
     def discard_micro_batches(self) -> None:
         """Forget the micro-batches so far: their gradients were thrown away without an update."""
@@ -136,6 +149,14 @@ class Step:
 
     def _in_order(self) -> list[Named]:
         return [(name, p) for name, p in self.tracked if id(p) in self.updated]
+
+    def batch_records(self) -> list[list[Record]]:
+        """One batch per forward; unrecorded where there was a backward and no forward was seen.
+
+        Where the program computed gradients without a backward, the forwards count all the same.
+        """
+        found = self.batches if self.losses else self.waiting
+        return found or [[unrecorded("input_ids", "int64")] for _ in self.losses or [None]]
 
     def loss_records(self) -> list[Record]:
         """One loss per micro-batch; a step whose backward was not seen has one that is unrecorded."""

@@ -90,6 +90,8 @@ def _record_problem(row: RowView, i: int, state: State) -> str:
             target, position = row.target(i)
             same = row.digests[i] == target.digests[position]
             return "" if same else f"{entry.name} at {row.address()} refers to other bytes than it had"
+        if entry.sketched:
+            row.read_sketch(i)
         if not entry.stored:
             return ""
         values = row.read(i)

@@ -22,6 +22,9 @@ COMMANDS: Final = {
     "diff": ("differ.command:diff", "Name the first step, phase and parameter at which two traces part."),
     "show": ("tracer.cli.show:show", "What is in a trace: steps, records, statistics, values."),
     "check": ("tracer.cli.check:check", "Is a trace whole; what was lost."),
+    "shrink": ("tracer.cli.shrink:shrink", "Make a fingerprint of a trace, small enough for git."),
+    "export": ("tracer.cli.export:export", "TensorBoard scalars of a trace, or the tensors of a step."),
+    "gate": ("differ.gate_command:gate", "Run and compare the baselines in [tool.trace.gate.*]."),
     "selftest": ("scenarios.selftest:selftest", "Is a recorded run bit-identical to an unrecorded one, here?"),
 }
 

@@ -36,6 +36,7 @@ _PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
 @narrowing
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--durable", is_flag=True, help="fsync after every step: safe against power loss, slower.")
+@click.option("--fingerprint", is_flag=True, help="Keep sketches in place of tensors: small, for a baseline in git.")
 @click.option("--path", "path_name", metavar="NAME", help="Run a built-in training path instead of a program.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings of --path, as TOML.")
 @click.option("--model", metavar="NAME", help="With --path: a tiny model, a local folder, or a hub id.")
@@ -97,6 +98,10 @@ def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]
         # The program failed before it could train: its own exit code says more than ours.
         print(f"trace: {error.line()}", file=sys.stderr)
         return code
+    if options["fingerprint"]:
+        from tracer.shrink import shrink_in_place
+
+        shrink_in_place(recorder.path)
     _report(recorder.path, recorder.steps_recorded)
     return code
 
@@ -138,7 +143,7 @@ def _in_process_of_its_own(python: str, output: Path, options: dict[str, Any], p
     for name in ("only", "omit"):
         for glob in options[name]:
             command += [f"--{name}", glob]
-    command += [f"--{flag}" for flag in ("force", "durable") if options[flag]]
+    command += [f"--{flag}" for flag in ("force", "durable", "fingerprint") if options[flag]]
     if python != sys.executable and subprocess.run([python, "-c", "import tracer"], capture_output=True).returncode:
         raise BadUsage(f"{python} cannot import the recorder", f"{python} -m pip install steptrace")
     return _shell_code(subprocess.run([*command, "--", *program]).returncode)

@@ -19,7 +19,7 @@ from tracer.dtypes import to_numpy
 from tracer.errors import BadUsage
 from tracer.names import nearest
 from tracer.reader import RowView, Trace, open_trace
-from tracer.schema import STATS, WHOLE_STEP, Phase, State
+from tracer.schema import SKETCH_BUCKETS, STATS, WHOLE_STEP, Phase, State
 
 
 @click.command()
@@ -115,7 +115,8 @@ def _table(rows: Sequence[RowView]) -> Iterator[str]:
         for i, entry in enumerate(row.layout.entries):
             numbers = "".join(f"{value:>12.5g}" for value in row.stats[i])
             shape = "x".join(map(str, entry.shape)) or "scalar"
-            state = row.state(i).label if row.stored(i) or row.state(i) is not State.VALUE else "digest"
+            held = "sketch" if row.sketched(i) else "digest"
+            state = row.state(i).label if row.stored(i) or row.state(i) is not State.VALUE else held
             yield f"  {entry.name:<{width}}  {shape:<12}{entry.dtype:<10}{state:<11}{numbers}"
 
 
@@ -138,7 +139,8 @@ def _values(rows: Sequence[RowView], name: str) -> Iterator[str]:
             with np.printoptions(precision=9, threshold=200, edgeitems=4, linewidth=120):
                 yield str(to_numpy(row.read(i), entry.dtype))
         else:
-            yield "  the file holds its digest and statistics, not its values"
+            held = "digest, statistics and sketch" if row.sketched(i) else "digest and statistics"
+            yield f"  the file holds its {held}, not its values"
     if not found:
         known = [entry.name for row in rows for entry in row.layout.entries]
         close = nearest(name, known)
@@ -149,7 +151,9 @@ def _bytes(row: RowView) -> int:
     from tracer.dtypes import DTYPES
 
     entries = row.layout.entries
-    return sum(math.prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in entries if entry.dataset)
+    sketches = 4 * SKETCH_BUCKETS * sum(entry.sketched for entry in entries)
+    stored = (entry for entry in entries if entry.dataset and not entry.sketched)
+    return sketches + sum(math.prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in stored)
 
 
 def _ranges(steps: Sequence[int]) -> str:

@@ -1,0 +1,153 @@
+"""`loss.reduction`: the two sides' losses differ by one factor, or by another denominator.
+
+    l_b = c l_a                    one c over the micro-batches of a step, and the same c in the gradients (the test)
+    l_b = l_a n_i / d_i            n_i supervised positions of micro-batch i; d_i what one side divides by instead:
+                                   1 (a sum), all positions, all predicted positions, rows, the step's mean or sum of n
+
+One loss alone is equal to any factor times another, so a factor is claimed from several micro-batches with unequal losses,
+or from gradients that carry it, or if it is a denominator to within the loss's rounding.  Undone: b's losses
+times d_i / n_i, or over c.  Sources: transformers #34191, #35438; axolotl #2262; torch.nn.CrossEntropyLoss(reduction).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from differ.causes.constants import name_factor, short
+from differ.causes.context import Context
+from differ.causes.fit import SHOWN, RatioFit, Sums
+from differ.result import Cause
+from tracer.dtypes import EPSILON
+from tracer.schema import REPORTED_PREFIX, Phase
+
+ID: Final = "loss.reduction"
+
+# A denominator is exact: the losses agree after it to this many units in the last place.
+_ULPS: Final = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    """Both sides' losses by micro-batch, and what each micro-batch could be divided by, in words."""
+
+    a: Mapping[int, float]
+    b: Mapping[int, float]
+    denominators: Mapping[str, Mapping[int, float]]
+    epsilon: float
+
+
+def find(context: Context) -> list[Cause]:
+    """At most one cause for each step with a finding in `loss`."""
+    causes = []
+    for step, _, _ in context.groups(Phase.LOSS):
+        losses = _losses(context, step)
+        if losses is not None:
+            found = _denominator(step, losses) or _constant(context, step, losses)
+            causes += [found] if found is not None else []
+    return causes
+
+
+def _losses(context: Context, step: int) -> _Losses | None:
+    a: dict[int, float] = {}
+    b: dict[int, float] = {}
+    epsilon = 0.0
+    for number in context.micro_batches(Phase.LOSS, step):
+        both = [context.scalar(side, Phase.LOSS, step, "loss", number) for side in "ab"]
+        if both[0] is None or both[1] is None or not (math.isfinite(both[0]) and math.isfinite(both[1])):
+            return None
+        a[number], b[number] = both[0], both[1]
+        dtypes = [context.dtype(side, Phase.LOSS, step, "loss", number) for side in "ab"]
+        epsilon = max(epsilon, *(EPSILON.get(dtype or "", 0.0) for dtype in dtypes))
+    if not a or not all(a.values()) or not all(b.values()):
+        return None
+    return _Losses(a, b, dict(_denominators(context, step, list(a))), epsilon)
+
+
+def _denominators(context: Context, step: int, numbers: list[int]) -> Iterator[tuple[str, dict[int, float]]]:
+    """n_i / d_i of each way to divide, by micro-batch; those that the batch's records allow."""
+    tokens = {n: context.scalar("a", Phase.BATCH, step, "tokens", n) for n in numbers}
+    known = {n: count for n, count in tokens.items() if count}
+    if len(known) != len(numbers) or any(
+        context.scalar("b", Phase.BATCH, step, "tokens", n) != tokens[n] for n in numbers
+    ):
+        return
+    total = sum(known.values())
+    yield "does not divide by the supervised positions (a sum)", known
+    yield "divides by the step's supervised positions", {n: count / total for n, count in known.items()}
+    yield (
+        "divides by the mean of the micro-batches' supervised positions",
+        {n: count * len(known) / total for n, count in known.items()},
+    )
+    shapes = {n: _shape(context, step, n) for n in numbers}
+    if all(shapes.values()):
+        sizes = {n: shape for n, shape in shapes.items() if shape is not None}
+        yield "divides by all positions", {n: known[n] / (rows * length) for n, (rows, length) in sizes.items()}
+        yield (
+            "divides by all predicted positions",
+            {n: known[n] / (rows * (length - 1)) for n, (rows, length) in sizes.items() if length > 1},
+        )
+        yield "divides by the rows of the batch", {n: known[n] / rows for n, (rows, _) in sizes.items()}
+
+
+def _shape(context: Context, step: int, number: int) -> tuple[int, int] | None:
+    row = context.row("a", Phase.BATCH, step, number)
+    shape = row.shape("input_ids") if row is not None and "input_ids" in row.positions else ()
+    return (shape[0], shape[1]) if len(shape) == 2 else None
+
+
+def _denominator(step: int, losses: _Losses) -> Cause | None:
+    """One side divides by something else; the first denominator that leaves nothing but rounding."""
+    for words, factors in losses.denominators.items():
+        if len(factors) != len(losses.a):
+            continue
+        for side, mine, other in (("b", losses.b, losses.a), ("a", losses.a, losses.b)):
+            sums = Sums()
+            for n, factor in factors.items():
+                sums += Sums((mine[n] - other[n]) ** 2, (mine[n] / factor - other[n]) ** 2)
+            near = all(
+                abs(mine[n] / factor - other[n]) <= _ULPS * losses.epsilon * max(1.0, abs(other[n]))
+                for n, factor in factors.items()
+            )
+            if near and sums.share >= SHOWN:
+                ratios = [short(losses.b[n] / losses.a[n]) for n in losses.a]
+                return Cause(
+                    ID, f"{side} {words}; {'a' if side == 'b' else 'b'} by those of each micro-batch", side=side, step=step,
+                    phase=Phase.LOSS.label, names=("loss",),
+                    parameters={"factor": ratios[0] if len(set(ratios)) == 1 else ratios, "denominator": words},
+                    explains=sums.share,
+                )  # fmt: skip
+    return None
+
+
+def _constant(context: Context, step: int, losses: _Losses) -> Cause | None:
+    """One factor over the step's losses, borne out by several of them or by the gradients."""
+    fit = RatioFit()
+    for n in losses.a:
+        fit += RatioFit(1, losses.a[n] ** 2, losses.a[n] * losses.b[n], losses.b[n] ** 2)
+    gradients = _gradients(context, step)
+    borne_out = gradients is not None and gradients.share >= SHOWN and abs(gradients.ratio / fit.ratio - 1.0) <= 1e-3
+    several = len(losses.a) > 1 and len(set(losses.a.values())) > 1
+    if fit.share < SHOWN or fit.ratio <= 0.0 or not (borne_out or (several and gradients is None)):
+        return None
+    matches = name_factor(context, step, fit.ratio, fit.error if several else 0.0)
+    big, small = ("b", "a") if fit.ratio > 1.0 else ("a", "b")
+    summary = f"{big}'s loss is {max(fit.ratio, 1.0 / fit.ratio):.6g} times {small}'s"
+    summary += (", and so are its gradients" if borne_out else "") + (f": {matches}" if matches else "")
+    share = min(fit.share, gradients.share) if borne_out and gradients is not None else fit.share
+    return Cause(
+        ID, summary, step=step, phase=Phase.LOSS.label, names=("loss",),
+        parameters={"factor": short(fit.ratio), "matches": matches, "gradients": borne_out}, explains=share,
+    )  # fmt: skip
+
+
+def _gradients(context: Context, step: int) -> RatioFit | None:
+    """The ratio of all gradients of the step; None if none were recorded."""
+    fit = RatioFit()
+    for name in context.differing(Phase.GRAD, step):
+        both = None if name.startswith(REPORTED_PREFIX) else context.pair(Phase.GRAD, step, name)
+        if both is not None:
+            fit.add(*both)
+    return fit if fit.aa > 0.0 else None

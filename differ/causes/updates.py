@@ -1,0 +1,193 @@
+"""What finders of optimizer causes share: which tensors follow which rule, and how much a change of rule undoes.
+
+    difference   sum over sides |recorded - replay of its own inputs under the other side's rule|^2
+    residual     sum over sides |recorded - replay of its own inputs under its own rule|^2
+
+Each side is replayed from its own recorded inputs, so what came in with gradients or weights that differ already is not
+part of either sum.  A side that follows no rule (a stray) is replayed with the inputs or settings that a finder supposes.
+No finder: registers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from differ.causes.context import Context
+from differ.causes.fit import Sums
+from differ.policy import ReplayTolerance
+from differ.replay.fit import Fit
+from differ.replay.gather import moment_inputs, update_inputs
+from differ.replay.optimizer import ORDER, Hyper, MomentInputs, Rule, UpdateInputs, differing_aspects
+from differ.result import Cause
+from tracer.dtypes import is_float
+from tracer.names import split_state_name
+from tracer.schema import Phase
+
+Inputs = UpdateInputs | MomentInputs
+PHASES: Final = (Phase.OPT_STATE, Phase.PARAM)
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """Rules that each side's tensor follows from its own inputs; the tightest first.  Empty: a stray."""
+
+    name: str
+    a: tuple[Rule, ...]
+    b: tuple[Rule, ...]
+
+    def of(self, side: str) -> tuple[Rule, ...]:
+        """The rules of a side."""
+        return self.a if side == "a" else self.b
+
+    @property
+    def common(self) -> Rule | None:
+        """A rule that gives both sides."""
+        return next((how for how in self.a if how in self.b), None)
+
+    @property
+    def nearest(self) -> tuple[Rule, Rule] | None:
+        """A rule of each side that differ in the fewest aspects; None if a side has none."""
+        pairs = [(x, y) for x in self.a for y in self.b]
+        if not pairs:
+            return None
+        return min(pairs, key=lambda both: (len(differing_aspects(*both)), ORDER[both[0]] + ORDER[both[1]]))
+
+    @property
+    def stray(self) -> str | None:
+        """The side that follows no rule, if exactly one does."""
+        return None if bool(self.a) == bool(self.b) else "b" if self.a else "a"
+
+
+def followed(context: Context, phase: Phase, step: int) -> tuple[Followed, ...]:
+    """The float tensors of a phase whose bits differ and whose inputs both sides recorded.  Computed once."""
+    found: tuple[Followed, ...] = context.rows_a.remember(
+        ("followed", id(context), phase, step), lambda: tuple(_followed(context, phase, step))
+    )
+    return found
+
+
+def apart(context: Context, phase: Phase, step: int) -> tuple[Followed, ...]:
+    """Those of `followed` that no rule gives on both sides."""
+    return tuple(one for one in followed(context, phase, step) if one.common is None)
+
+
+def strays(context: Context, phase: Phase, step: int) -> Iterator[tuple[str, list[str]]]:
+    """Each side that follows no rule somewhere, with the names of those tensors."""
+    for side in "ab":
+        names = [one.name for one in apart(context, phase, step) if one.stray == side]
+        if names:
+            yield side, names
+
+
+def _followed(context: Context, phase: Phase, step: int) -> Iterator[Followed]:
+    for name in context.differing(phase, step):
+        a, b = inputs_of(context, "a", phase, step, name), inputs_of(context, "b", phase, step, name)
+        if a is not None and b is not None:
+            yield Followed(name, _rules(context, a), _rules(context, b))
+
+
+def inputs_of(context: Context, side: str, phase: Phase, step: int, name: str) -> Inputs | None:
+    """What one side's update or moment is replayed from; None if it was not recorded."""
+    rows, row = context.rows(side), context.row(side, phase, step)
+    if row is None or name not in row.positions or not is_float(row.entry(name).dtype):
+        return None
+    return update_inputs(rows, row, name) if phase is Phase.PARAM else moment_inputs(rows, row, name)
+
+
+def _rules(context: Context, inputs: Inputs) -> tuple[Rule, ...]:
+    tolerance = tolerance_of(context, inputs)
+    fits = {how: inputs.fit(how, tolerance) for how in inputs.rules}
+    return tuple(sorted((how for how, fit in fits.items() if fit.ok), key=lambda how: (fits[how].margin, ORDER[how])))
+
+
+def tolerance_of(context: Context, inputs: Inputs) -> ReplayTolerance:
+    """What rounding may cost this replay."""
+    return context.policy.replay(inputs.after.dtype)
+
+
+def fit(context: Context, inputs: Inputs, how: Rule) -> Fit:
+    """One replay."""
+    return inputs.fit(how, tolerance_of(context, inputs))
+
+
+def exchanged(context: Context, phase: Phase, step: int, one: Followed) -> Sums:
+    """Both sides under the other's rule against both under their own; nothing if a side is a stray."""
+    sums = Sums()
+    rules = one.nearest
+    if rules is None:
+        return sums
+    for side, own, other in (("a", rules[0], rules[1]), ("b", rules[1], rules[0])):
+        inputs = inputs_of(context, side, phase, step, one.name)
+        if inputs is not None:
+            sums += Sums(fit(context, inputs, other).residual2, fit(context, inputs, own).residual2)
+    return sums
+
+
+def supposed(
+    context: Context,
+    side: str,
+    phase: Phase,
+    step: int,
+    name: str,
+    suppose: Callable[[Inputs], Inputs],
+    rules: Sequence[Rule],
+) -> tuple[Sums, bool]:
+    """A stray under a supposition: best residual over some rules before and after it, and whether it then follows."""
+    inputs = inputs_of(context, side, phase, step, name)
+    if inputs is None:
+        return Sums(), False
+    changed = suppose(inputs)
+    usable = [how for how in rules if how in inputs.rules] or list(inputs.rules)
+    before = min(fit(context, inputs, how).residual2 for how in usable)
+    after = min((fit(context, changed, how) for how in usable), key=lambda found: found.residual2)
+    return Sums(before, after.residual2), after.ok
+
+
+def with_hyper(**settings: float) -> Callable[[Inputs], Inputs]:
+    """The supposition that some settings were other than recorded."""
+
+    def suppose(inputs: Inputs) -> Inputs:
+        hyper: Hyper = replace(inputs.hyper, **settings)  # type: ignore[arg-type]
+        return replace(inputs, hyper=hyper)
+
+    return suppose
+
+
+def parameters_named(names: Sequence[str], phase: Phase) -> tuple[str, ...]:
+    """Parameters that records belong to, each once, in order."""
+    if phase is not Phase.OPT_STATE:
+        return tuple(names)
+    return tuple(dict.fromkeys(split_state_name(name)[0] or name for name in names))
+
+
+def settings_causes(context: Context, cause_id: str, keys: Sequence[str], words: str) -> list[Cause]:
+    """Causes for findings in `hparams`: a recorded setting differs.  `words` names it: `weight decay`.
+
+    A setting that one side lacks counts as 0.  Undone: one side's value in place of the other's.
+    """
+    causes = []
+    for step, _, found in context.groups(Phase.HPARAMS):
+        for finding in found:
+            if finding.name is None or finding.name.rpartition(".")[2] not in keys:
+                continue
+            key = finding.name.rpartition(".")[2]
+            a, b = (context.scalar(side, Phase.HPARAMS, step, finding.name) or 0.0 for side in "ab")
+            name = f"{words} ({key})" if len(keys) > 1 else words
+            groups = {other.partition(".")[0] for other in context.names("a", Phase.HPARAMS, step)}
+            where = f" in {finding.name.partition('.')[0]}" if len(groups) > 1 else ""
+            causes.append(
+                Cause(
+                    cause_id, f"{name}{where}: a {a:g}, b {b:g}", step=step, phase=Phase.HPARAMS.label, names=(finding.name,),
+                    parameters={"setting": key, "a": a, "b": b}, explains=1.0,
+                )
+            )  # fmt: skip
+    return causes
+
+
+def how_many(names: Sequence[str], total: int) -> str:
+    """` for 3 of 12 parameters`, or nothing for all of them."""
+    if len(names) >= total:
+        return ""
+    return f" for {names[0]}" if len(names) == 1 else f" for {len(names):,} of {total:,} parameters"

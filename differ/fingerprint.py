@@ -1,0 +1,163 @@
+"""Judge records of which a side holds a sketch only (`trace shrink`): equal bits by digest, else an estimated distance.
+
+    allowed   1.5 * the tolerance that the same record would have, and at least 1e-6: an estimate is off by some 15 %
+    estimate  |sketch(a) - sketch(b)| / max(|a|, |b|), norms from the recorded statistics
+
+Nothing is replayed from a sketch, so clipping and the optimizer are compared across the two sides, as far as the gradients
+and the settings agree: what follows from a divergence that was found before is propagated.  The engine's notes say that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from differ.compare import Distance
+from differ.estimate import has_sketch, is_trainable, row_distance
+from differ.judges.model import batch_loss, input_distance, noise_floor
+from differ.result import Cause, Finding, Kind
+from differ.session import RowPair, Session
+from tracer.dtypes import is_float
+from tracer.names import split_state_name
+from tracer.schema import Phase
+from tracer.sketch import FLOOR
+
+# An estimate of 61 buckets is within 0.85 to 1.15 of the truth in nine of ten cases: docs/fingerprints.md.
+SLACK: Final = 1.5
+# Phases whose function is the model, and those that are replayed where there are tensors.
+MODEL: Final = (Phase.FORWARD, Phase.LOSS, Phase.GRAD, Phase.EVAL)
+REPLAYED: Final = (Phase.CLIPPED_GRAD, Phase.OPT_STATE, Phase.PARAM)
+
+# Among the keys that the session has seen: moments hold what diverged at an earlier step.
+_REMEMBERED: Final = ("fingerprint", "remembered")
+
+
+def note_fingerprints(session: Session) -> None:
+    """Say once, for each side that is a fingerprint, what this comparison cannot see."""
+    sides = [side for side, rows in (("a", session.a), ("b", session.b)) if rows.trace.fingerprint]
+    if not sides:
+        return
+    who = f"{' and '.join(sides)} {'are fingerprints' if len(sides) > 1 else 'is a fingerprint'} without tensors"
+    side = sides[0] if len(sides) == 1 else None
+    sizes = (
+        f"{who}: differences are estimated, within some 15 %, against {SLACK} times the tolerance; "
+        f"not seen are those below {FLOOR:g} of a tensor's norm, nor which element differs"
+    )
+    causes = (
+        "no clip or optimizer rule can be replayed without tensors: these phases are compared across the sides, later "
+        "independent divergences may be missed, and only causes in settings, names, batches and losses are found"
+    )
+    session.note_once(Cause("fingerprint.sizes", sizes, side=side))
+    session.note_once(Cause("fingerprint.causes", causes, side=side))
+
+
+def sketched_names(pair: RowPair, names: Sequence[str]) -> list[str]:
+    """Those of the differing records that can only be judged by estimate.
+
+    In phases that are replayed one sketch takes the row's floats with it: a rule cannot be fitted to a part of the row.
+    """
+    sketched = [name for name in names if has_sketch(pair.a, name) or has_sketch(pair.b, name)]
+    if not sketched or pair.phase not in REPLAYED:
+        return sketched
+    return [name for name in names if is_float(pair.a.entry(name).dtype)]
+
+
+def judge_sketched(session: Session, pair: RowPair, names: Sequence[str]) -> None:
+    """Judge records whose digests differ; each is counted exactly once."""
+    if pair.phase in (*MODEL, *REPLAYED) and _is_explained(session, pair.phase):
+        session.tally.explained(pair.phase, len(names))
+        return
+    repeats = not session.first_step_of(pair.phase, pair.step)
+    diverged = False
+    for name in names:
+        diverged |= _judge_one(session, pair, name, repeats=repeats)
+    if diverged and pair.phase not in (Phase.INIT, Phase.HPARAMS):
+        session.diverged_at.setdefault(pair.phase, pair.step)
+        session.step_blocked = session.step_blocked or pair.phase is not Phase.EVAL
+
+
+def _is_explained(session: Session, phase: Phase) -> bool:
+    """Whether something upstream diverged: the model, this step, or what the optimizer works by or remembers."""
+    if session.model_blocked or session.step_blocked:
+        if phase in REPLAYED:
+            session.seen.add(_REMEMBERED)
+        return True
+    optimizer = phase in (Phase.OPT_STATE, Phase.PARAM)
+    return optimizer and (_REMEMBERED in session.seen or any(key[0] is Phase.HPARAMS for key in session.seen))
+
+
+def _judge_one(session: Session, pair: RowPair, name: str, *, repeats: bool) -> bool:
+    """Judge one record; returns whether it diverged."""
+    if pair.phase is Phase.INIT and is_trainable(pair.a, name) != is_trainable(pair.b, name):
+        return _find_untrained(session, pair, name)
+    measured = row_distance(pair.a, pair.b, name)
+    if measured is None:
+        summary = f"{name} of {pair.phase.label} has no sketch in this layout (a name rule transposes it): not compared"
+        session.note_once(Cause("fingerprint.layout", summary, step=pair.step, phase=pair.phase.label))
+        session.tally.left_out(pair.phase)
+        return False
+    allowed, apart, floor = _allowed(session, pair, name)
+    if allowed is None:
+        session.tally.explained(pair.phase)
+        return False
+    observed = measured.rel_l2(floor)
+    if observed <= allowed and measured.nonfinite < 0:
+        session.measured(pair, name, observed, allowed, distance=apart)
+        return False
+    if repeats or (pair.phase is Phase.BATCH and not session.first_time(pair.phase, name)):
+        session.tally.repeated(pair.phase, name)
+        return True
+    session.measured(pair, name, observed, allowed, distance=apart, diverged=True)
+    session.tally.find(_finding(pair, name, measured, observed, allowed))
+    return True
+
+
+def _allowed(session: Session, pair: RowPair, name: str) -> tuple[float | None, float, float]:
+    """Allowed estimate (None: the inputs explain any difference), distance of the inputs, floor of the norm."""
+    tolerance = session.tolerance(pair, name)
+    if pair.phase is Phase.INIT:
+        return max(SLACK * session.policy.tolerance(pair.phase, pair.dtype(name), name).base, FLOOR), 0.0, 0.0
+    if pair.phase in (Phase.HPARAMS, Phase.BATCH):
+        # Other bits of one dtype are other numbers; between two dtypes only the estimate can tell.
+        same = pair.a.entry(name).dtype == pair.b.entry(name).dtype
+        return (0.0 if same and tolerance.base == 0.0 else max(SLACK * tolerance.base, FLOOR)), 0.0, 0.0
+    parameter = split_state_name(name)[0] if pair.phase is Phase.OPT_STATE else name
+    inputs = session.inputs.before(pair.step + 1 if pair.phase is Phase.EVAL else pair.step)
+    apart = input_distance(pair.phase, parameter, inputs, tolerance)
+    allowed, floor = tolerance.at(apart), 0.0
+    if pair.phase in MODEL:
+        floor = noise_floor(pair)
+    if pair.phase is Phase.GRAD:
+        allowed += (1.0 / batch_loss(session, pair.step) - 1.0) * tolerance.base
+    if apart > tolerance.bound or allowed >= 1.0:
+        return None, apart, floor
+    return max(SLACK * allowed, FLOOR), apart, floor
+
+
+def _find_untrained(session: Session, pair: RowPair, name: str) -> bool:
+    """A parameter that one side trains and the other holds frozen."""
+    words = ["trainable" if is_trainable(row, name) else "frozen" for row in (pair.a, pair.b)]
+    session.model_blocked = True
+    session.measured(pair, name, 1.0, 0.0, diverged=True)
+    session.tally.find(
+        Finding(
+            pair.step, pair.phase.label, name, Kind.STATE, a=words[0], b=words[1], detail="trained on one side only"
+        )
+    )
+    return True
+
+
+def _finding(pair: RowPair, name: str, measured: Distance, observed: float, allowed: float) -> Finding:
+    odd = measured.nonfinite >= 0
+    return Finding(
+        pair.step,
+        pair.phase.label,
+        name,
+        Kind.NONFINITE if odd else Kind.VALUE,
+        pair.shown_micro_batch,
+        rel_l2=observed,
+        tolerance=allowed,
+        required=None if odd or not math.isfinite(observed) else observed,
+        detail=f"estimated from sketches; l2 {measured.a:.6g} and {measured.b:.6g}",
+    )

@@ -1,0 +1,37 @@
+"""Move a run's starting point by one rounding unit: the twin, whose distance from the run is the noise floor.
+
+Every element of every trainable parameter goes to the next or the previous number of its dtype, at random with a seed of its
+own; zeros stay zero, so that a freshly initialised lora_B is still zero.  Draws nothing from the run's generators.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tracer.dtypes import DTYPES, is_float
+
+# Unsigned view of each float dtype: the next number away from zero has the next bit pattern.
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def nudge(stored: npt.NDArray[Any], dtype: str, name: str, seed: int) -> npt.NDArray[Any]:
+    """A copy of a stored array, each finite non-zero element moved by one unit in the last place.
+
+    `stored`: any shape, bfloat16 as uint16 bits.  The direction depends on `name`, `seed` and the position only, so
+    that a twin can be made again.  Integers come back as they are.
+    """
+    if not is_float(dtype):
+        return stored.copy()
+    size = DTYPES[dtype].itemsize
+    bits = np.ascontiguousarray(stored).view(_BITS[size]).copy()
+    unsigned = bits.dtype.type
+    magnitude = bits & unsigned((1 << (8 * size - 1)) - 1)
+    infinity = {"float64": 0x7FF0 << 48, "float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
+    movable = (magnitude > 1) & (magnitude < unsigned(infinity - 1))
+    up = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(bits.shape) < 0.5
+    bits = np.where(movable, np.where(up, bits + unsigned(1), bits - unsigned(1)), bits)
+    return bits.astype(_BITS[size]).view(DTYPES[dtype]).reshape(stored.shape)
