@@ -22,6 +22,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m tracer.format_page > docs/format.md
+	$(BIN)/python -m scenarios.config_page > docs/config.md
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

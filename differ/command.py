@@ -20,15 +20,33 @@ from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceErro
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML file with tolerances over the defaults.")
-@click.option("--map", "name_map", type=click.Path(path_type=Path), help="TOML file with [names] rules: regex = replacement.")
+@click.option(
+    "--noise",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="TWIN",
+    help="Twin of A or of B (trace record --twin): its distance from it is the noise floor (repeatable).",
+)
+@click.option(
+    "--map", "name_map", type=click.Path(path_type=Path), help="TOML file with [names] rules: regex = replacement."
+)
 @click.option("--only", multiple=True, metavar="GLOB", help="Compare only records whose name matches (repeatable).")
 @click.option("--omit", multiple=True, metavar="GLOB", help="Leave out records whose name matches (repeatable).")
-@click.option("--steps", metavar="A:B", help="Compare steps A to B only; `3` is one step, `:5` up to 5. Step 0 is init.")
+@click.option(
+    "--steps", metavar="A:B", help="Compare steps A to B only; `3` is one step, `:5` up to 5. Step 0 is init."
+)
 @click.option("--phases", metavar="LIST", help="Report only these phases, separated by commas.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True, help="Kind of report.")
 @click.option(
-    "--report", "reports", type=DestinationType(), multiple=True, metavar="KIND=FILE",
+    "--report",
+    "reports",
+    type=DestinationType(),
+    multiple=True,
+    metavar="KIND=FILE",
     help="Write a report to a file as well: html=out.html, markdown=, junit=, json=, text= (repeatable).",
+)
+@click.option(
+    "--fail-on", type=click.Choice(["note"]), help="Exit 1 for a systematic note too: one ratio within tolerance."
 )
 @click.option("--exit-zero", is_flag=True, help="Exit 0 even when the traces diverged.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
@@ -38,6 +56,7 @@ def diff(
     a: Path,
     b: Path,
     policy: Path | None,
+    noise: tuple[Path, ...],
     name_map: Path | None,
     only: tuple[str, ...],
     omit: tuple[str, ...],
@@ -45,6 +64,7 @@ def diff(
     phases: str | None,
     form: str,
     reports: tuple[Destination, ...],
+    fail_on: str | None,
     exit_zero: bool,
     quiet: bool,
 ) -> None:
@@ -57,13 +77,14 @@ def diff(
       trace diff pytorch.h5 mlx.h5
       trace diff a.h5 b.h5 --steps 1:5 --phases grad,param --format json
       trace diff a.h5 b.h5 --report html=out.html
+      trace diff a.h5 b.h5 --noise a.twin.h5 --noise b.twin.h5
     """
     from differ.engine import diff as compare
     from differ.options import DiffOptions
     from differ.policy import default_policy, load_policy
     from differ.result import Verdict
 
-    check(reports, [path for path in (a, b, policy, name_map) if path is not None])
+    check(reports, [path for path in (a, b, policy, name_map, *noise) if path is not None])
     options = DiffOptions(
         policy=load_policy(policy) if policy is not None else default_policy(),
         rules=_rules(name_map),
@@ -71,12 +92,15 @@ def diff(
         omit=omit,
         steps=_steps(steps),
         phases=_phases(phases),
+        noise=noise,
         series=any(draws_series(kind) for kind in (form, *(report.kind for report in reports))),
     )
     result = compare(a, b, options)
     _publish(result, form, reports, quiet=quiet)
     if exit_zero and result.verdict is Verdict.DIVERGED:
         ctx.exit(0)
+    if fail_on == "note" and result.verdict is Verdict.SAME and result.systematic and not exit_zero:
+        ctx.exit(Verdict.DIVERGED.exit_code)
     ctx.exit(result.verdict.exit_code)
 
 

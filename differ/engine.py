@@ -7,6 +7,7 @@ even their index; records with equal digests are not read either.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from differ.causes.context import Context
 from differ.collect import Collector
 from differ.fingerprint import note_fingerprints
 from differ.inputs import Inputs
+from differ.noise import NoiseFloor
 from differ.options import DiffOptions
 from differ.result import Cause, DiffResult, Finding, Kind, PolicyUsed, Side, Verdict
 from differ.rows import compare_rows, missing_row
@@ -44,15 +46,17 @@ def diff(a: Source, b: Source, options: DiffOptions | None = None) -> DiffResult
         first, second = (
             source if isinstance(source, Trace) else stack.enter_context(open_trace(Path(source))) for source in (a, b)
         )
+        options = options or DiffOptions()
+        twins = tuple(stack.enter_context(open_trace(Path(path))) for path in options.noise)
         # Runs that went to nan are compared like any other; every measure here says itself what is not finite.
         with np.errstate(all="ignore"):
-            return _Engine(first, second, options or DiffOptions()).run()
+            return _Engine(first, second, options, twins).run()
 
 
 class _Engine:
     """One comparison from start to end."""
 
-    def __init__(self, a: Trace, b: Trace, options: DiffOptions) -> None:
+    def __init__(self, a: Trace, b: Trace, options: DiffOptions, twins: Sequence[Trace]) -> None:
         rows = Rows(a, options.rules), Rows(b, options.rules)
         self.collector = Collector(options) if options.series else None
         if self.collector is not None:
@@ -60,12 +64,17 @@ class _Engine:
         self.a, self.b, self.options = a, b, options
         self.tally = Tally(options)
         dtype = coarser(model_dtype(a), model_dtype(b))
-        self.session = Session(*rows, options, self.tally, dtype, Inputs(*rows))
+        noise = None
+        if twins:
+            noise = NoiseFloor([Rows(twin, options.rules) for twin in twins], *rows, options.policy.noise.quantile)
+        self.session = Session(*rows, options, self.tally, dtype, Inputs(*rows), noise)
 
     def run(self) -> DiffResult:
         """Walk through the steps and put the result together."""
         self._note_phases()
         note_fingerprints(self.session)
+        for about, summary in self.session.noise.remarks() if self.session.noise is not None else ():
+            self.tally.note(Cause(about, summary))
         end = self._common_end()
         for step in sorted({*self.a.steps, *self.b.steps}):
             if not self.options.wants_step(step):
@@ -148,7 +157,7 @@ class _Engine:
         return DiffResult(
             a=_side(self.a),
             b=_side(self.b),
-            policy=PolicyUsed(self.options.policy.file or None, self.session.dtype),
+            policy=self._policy_used(),
             verdict=verdict,
             first=first,
             causes=explanation.causes,
@@ -160,6 +169,10 @@ class _Engine:
             findings=findings,
             series=None if self.collector is None else self.collector.build(findings),
         )
+
+    def _policy_used(self) -> PolicyUsed:
+        noise = tuple(os.fspath(path) for path in self.options.noise)
+        return PolicyUsed(self.options.policy.file or None, self.session.dtype, noise)
 
     def _repeats(self) -> list[Cause]:
         """One note a phase for what was found once and goes on."""

@@ -177,7 +177,7 @@ def record(gate: Gate, output: Path, log: Path) -> None:
         raise KeyboardInterrupt
     if code != 0:
         lines = log.read_text("utf-8", errors="replace").splitlines()
-        said = _last_words([line for line in lines if line.strip()])
+        said = _last_words([line for line in lines if line.strip()], code)
         raise ProgramFailed(
             f"gate {gate.name}: its program ended with exit code {code}: {said}", "run it by itself first"
         )
@@ -192,11 +192,10 @@ def _narrowing(gate: Gate) -> list[str]:
     return options + (["--what", gate.what] if gate.what else [])
 
 
-def _last_words(lines: Sequence[str]) -> str:
-    """The recorder's own error if there is one, else the end of what the program printed."""
-    own = [
-        line.removeprefix("trace: ")
-        for line in lines
-        if line.startswith("trace: ") and not line.startswith("trace: wrote ")
-    ]
-    return own[-1] if own else " | ".join(lines[-_TAIL:]) or "it printed nothing"
+def _last_words(lines: Sequence[str], code: int) -> str:
+    """The recorder's own error where the exit code is the recorder's, else the end of what the program printed."""
+    own = [line.removeprefix("trace: ") for line in lines if line.startswith("trace: ")]
+    theirs = [line for line in lines if not line.startswith("trace: ")]
+    if own and (code == 2 or not theirs):
+        return own[-1]
+    return " | ".join(theirs[-_TAIL:]) or "it printed nothing"

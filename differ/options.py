@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -36,7 +37,7 @@ class DiffOptions:
     `rules` rename the records of both sides (`trace diff --map`).  `only` and `omit` are globs on names, `steps` an
     inclusive range, `phases` a choice: what they leave out is neither judged nor counted, but it is still read where
     a replay or a distance between inputs needs it.  `probe` is called with every judged record, for calibration.
-    `series` asks for what the drawn reports need (`DiffResult.series`); it never changes the verdict.
+    `noise`: twins of either side, whose distance from it is the noise floor.  `series` asks for what the drawn reports need (`DiffResult.series`); it never changes the verdict.
     """
 
     policy: Policy = field(default_factory=default_policy)
@@ -47,6 +48,7 @@ class DiffOptions:
     phases: frozenset[Phase] | None = None
     probe: Callable[[Measurement], None] | None = None
     series: bool = False
+    noise: tuple[str | os.PathLike[str], ...] = ()
 
     def wants_step(self, step: int) -> bool:
         """Whether a step is in the chosen range; step 0 only if the range says so."""

@@ -23,6 +23,7 @@ DEFAULTS: Final = Path(__file__).with_name("defaults.toml")
 
 _FIELDS: Final = ("base", "per_input", "bound")
 _REPLAY_FIELDS: Final = ("ulp", "relative", "spike")
+_NOISE_FIELDS: Final = ("safety", "reach", "quantile")
 _RULE_FIELDS: Final = ("name", "phase", "dtype", *_FIELDS)
 
 
@@ -58,6 +59,17 @@ class ReplayTolerance:
 
 
 @dataclass(frozen=True, slots=True)
+class NoisePolicy:
+    """How noise files are used: `safety` times their envelope is allowed, `reach` times the distance of their inputs is
+    covered, `quantile` of a family stands for each of its names.
+    """
+
+    safety: float = 1.0
+    reach: float = 1.0
+    quantile: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyRule:
     """A user's override: globs on name, phase and dtype, and the fields that it sets."""
 
@@ -80,6 +92,7 @@ class Policy:
     exact: Mapping[str, float]
     rules: tuple[PolicyRule, ...] = ()
     file: str = ""
+    noise: NoisePolicy = NoisePolicy()
 
     def tolerance(self, phase: Phase, dtype: str, name: str) -> Tolerance:
         """Tolerance of a record.  A phase without a table of its own (hparams, batch) is exact unless a rule says not."""
@@ -102,7 +115,10 @@ class Policy:
 def _over(under: Tolerance, fields: Mapping[str, float], *, explicit: bool) -> Tolerance:
     """A tolerance with some fields replaced."""
     return Tolerance(
-        fields.get("base", under.base), fields.get("per_input", under.per_input), fields.get("bound", under.bound), explicit
+        fields.get("base", under.base),
+        fields.get("per_input", under.per_input),
+        fields.get("bound", under.bound),
+        explicit,
     )
 
 
@@ -131,13 +147,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parse(document: Mapping[str, Any], under: Policy, origin: str) -> Policy:
     tables, replays, exact = dict(under.tables), dict(under.replays), dict(under.exact)
-    rules = list(under.rules)
+    rules, noise = list(under.rules), under.noise
     phases = {phase.label for phase in Phase}
     for section, content in document.items():
         if section == "rule":
             rules += [_rule(entry, origin) for entry in _list(content, origin)]
         elif section == "exact":
             exact.update(_numbers(content, tuple(exact) or tuple(content), f"{origin}: [exact]"))
+        elif section == "noise":
+            noise = replace(noise, **_numbers(content, _NOISE_FIELDS, f"{origin}: [noise]"))
+            if noise.quantile > 1.0:
+                raise BadConfig(f"{origin}: [noise]: quantile must be between 0 and 1, not {noise.quantile:g}")
         elif section == "replay" or section in phases:
             for dtype, values in _dtypes(content, f"{origin}: [{section}]").items():
                 where = f"{origin}: [{section}.{dtype}]"
@@ -148,8 +168,10 @@ def _parse(document: Mapping[str, Any], under: Policy, origin: str) -> Policy:
                     known = tables.get((section, dtype), Tolerance(0.0))
                     tables[section, dtype] = _over(known, _numbers(values, _FIELDS, where), explicit=False)
         else:
-            raise BadConfig(f"{origin}: unknown section [{section}]", f"use exact, replay, rule or one of {sorted(phases)}")
-    return Policy(tables, replays, exact, tuple(rules), under.file)
+            raise BadConfig(
+                f"{origin}: unknown section [{section}]", f"use exact, noise, replay, rule or one of {sorted(phases)}"
+            )
+    return Policy(tables, replays, exact, tuple(rules), under.file, noise)
 
 
 def _list(content: Any, origin: str) -> list[Any]:

@@ -49,7 +49,10 @@ class DestinationType(click.ParamType[Any]):
         return Destination(kind, Path(path))
 
     def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str  # noqa: ARG002 - click's signature
+        self,
+        ctx: click.Context,  # noqa: ARG002 - the signature is click's
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
     ) -> list[CompletionItem]:
         """Kinds, until one is written."""
         return [CompletionItem(f"{kind}=") for kind in FILES if f"{kind}=".startswith(incomplete)]
@@ -61,7 +64,9 @@ def check(destinations: Iterable[Destination], traces: Iterable[Path]) -> None:
     for destination in destinations:
         path = destination.path
         if path.resolve() in taken:
-            raise BadUsage(f"--report {destination.kind}={path} would overwrite a file of this comparison", "choose another")
+            raise BadUsage(
+                f"--report {destination.kind}={path} would overwrite a file of this comparison", "choose another"
+            )
         taken.add(path.resolve())
         if path.is_dir():
             raise BadUsage(f"--report {destination.kind}={path}: that is a folder", "name a file in it")

@@ -141,10 +141,11 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class PolicyUsed:
-    """Which tolerances judged: the user's file if any, and the dtype that chose among the defaults."""
+    """Which tolerances judged: the user's file if any, the dtype that chose among the defaults, the noise files."""
 
     file: str | None
     dtype: str
+    noise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,11 @@ class DiffResult:
     before: Before | None
     findings: tuple[Finding, ...]
     series: Series | None = None
+
+    @property
+    def systematic(self) -> tuple[Cause, ...]:
+        """Notes on a tested effect that stays within tolerance, as opposed to those on settings or recording."""
+        return tuple(note for note in self.notes if note.explains is not None)
 
     def to_dict(self, *, series: bool = False) -> dict[str, Any]:
         """The JSON object as plain Python: see the module's docstring.  `series` adds that field."""

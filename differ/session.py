@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from differ.align import Aligner, Row, Rows, Tensor
 from differ.compare import Distance, element, max_ulp, multi_index
 from differ.inputs import Inputs
+from differ.noise import NoiseFloor
 from differ.options import DiffOptions, Measurement
 from differ.policy import Policy, Tolerance
 from differ.result import Cause, Finding, Kind
@@ -45,7 +46,7 @@ class Session:
     """One comparison in progress.
 
     `dtype` is the coarser of the two models'.  `model_blocked`: the two models differ from the start, so that their
-    outputs tell nothing; `step_blocked`: something upstream in this step diverged.
+    outputs tell nothing; `step_blocked`: something upstream in this step diverged.  `noise`: the floor of the twins, if any.
     """
 
     a: Rows
@@ -54,6 +55,7 @@ class Session:
     tally: Tally
     dtype: str
     inputs: Inputs
+    noise: NoiseFloor | None = None
     aligner: Aligner = field(default_factory=Aligner)
     model_blocked: bool = False
     step_blocked: bool = False
@@ -90,7 +92,14 @@ class Session:
             self.tally.note(note)
 
     def measured(
-        self, pair: RowPair, name: str, observed: float, tolerance: float, *, distance: float = 0.0, diverged: bool = False
+        self,
+        pair: RowPair,
+        name: str,
+        observed: float,
+        tolerance: float,
+        *,
+        distance: float = 0.0,
+        diverged: bool = False,
     ) -> None:
         """Count a judged record."""
         dtype = coarser(self.dtype, pair.dtype(name))
@@ -108,7 +117,9 @@ def structural_key(phase: Phase, name: str) -> str:
     return f"{phase.label}:{name}"
 
 
-def structure_finding(pair: RowPair, name: str, kind: Kind, *, detail: str = "", nearest: tuple[str, ...] = ()) -> Finding:
+def structure_finding(
+    pair: RowPair, name: str, kind: Kind, *, detail: str = "", nearest: tuple[str, ...] = ()
+) -> Finding:
     """A finding without numbers: missing, shape, state."""
     a: str | None = None
     b: str | None = None

@@ -7,9 +7,10 @@ learning rates, are recorded per dtype and compared record by record:
     per_input   safety * largest (relative error - that maximum) / distance of the inputs, elsewhere
 
 both rounded up to one digit.  Parameters are the exception: a normalising optimizer turns the noise of a gradient into
-parameter noise however close its inputs were, so their base covers every point and `per_input` is not measured.  A point whose tolerance would be 1 or more, or whose inputs are further apart than the phase's
-`bound`, is judged by nobody and is left out.  `bound` and the [replay] and [exact] tables follow from the formats and are
-not touched; the worst replay margin is written into the header as a check on them.
+parameter noise however close its inputs were, so their base covers every point and `per_input` is not measured.
+A point whose tolerance would be 1 or more, or whose inputs are further apart than the phase's `bound`, is judged by
+nobody and is left out.  `bound` and the [replay] and [exact] tables follow from the formats and are not touched; the
+worst replay margin is written into the header as a check on them.
 """
 
 from __future__ import annotations

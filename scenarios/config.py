@@ -230,7 +230,7 @@ class RunConfig:
         return {f"{s}.{k}": list(v) if isinstance(v, tuple) else v for s, t in sections.items() for k, v in t.items()}
 
 
-_SECTIONS: Final[dict[str, type[Any]]] = {
+SECTIONS: Final[dict[str, type[Any]]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "lora": LoraConfig,
@@ -262,12 +262,12 @@ def parse(table: Mapping[str, Any], *, place: str = "run configuration") -> RunC
     if name not in DEFAULTS:
         raise BadConfig(f"{place}: defaults = {_shown(name)} is not known", f"use {_OneOf(tuple(DEFAULTS)).allowed}")
     for section, value in given.items():
-        if section not in _SECTIONS:
-            raise BadConfig(f"{place}: [{section}] is not a section", _suggest(section, [*_SECTIONS, "defaults"]))
+        if section not in SECTIONS:
+            raise BadConfig(f"{place}: [{section}] is not a section", _suggest(section, [*SECTIONS, "defaults"]))
         if not isinstance(value, Mapping):
             raise BadConfig(f"{place}: {section} is not a table", f"write [{section}] and its keys below it")
     merged = library_defaults(name, given)
-    return RunConfig(**{s: _section(cls, merged.get(s, {}), f"{place}: {s}") for s, cls in _SECTIONS.items()})
+    return RunConfig(**{s: _section(cls, merged.get(s, {}), f"{place}: {s}") for s, cls in SECTIONS.items()})
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

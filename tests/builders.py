@@ -302,7 +302,7 @@ class Trainer:
         rows.append(Row(Phase.CLIPPED_GRAD, step, WHOLE_STEP, tuple(_clipped_records(grads, clipped))))
         with np.errstate(invalid="ignore", over="ignore"):
             self._forget(step)
-        self._update(step, clipped)
+            self._update(step, clipped)
         state = [record(name, value.copy()) for name, value in self.state.items()]
         if self.run.optimizer == "adamw":
             state.append(record("step", np.int64(self._counter(step))))
@@ -392,7 +392,8 @@ class Trainer:
             w = self.params[name]
             if self.run.decay == "coupled" or self.run.optimizer == "sgd":
                 g = g + F32(self.run.weight_decay) * w
-            self.params[name] = self._sgd(name, w, g) if self.run.optimizer == "sgd" else self._adam(name, w, g, self._counter(step))
+            sgd = self.run.optimizer == "sgd"
+            self.params[name] = self._sgd(name, w, g) if sgd else self._adam(name, w, g, self._counter(step))
             if self.run.stuck and self.run.stuck in name and step == self.run.at:
                 self.params[name] = w
             if self.run.unknown_optimizer:

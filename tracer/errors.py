@@ -90,3 +90,9 @@ class PathUnavailable(TraceError):
     """A training path whose libraries are not installed, or do not work here."""
 
     slug = "path-unavailable"
+
+
+class PackageMissing(TraceError):
+    """An optional package that what was asked for needs."""
+
+    slug = "package-missing"

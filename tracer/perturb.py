@@ -7,6 +7,7 @@ own; zeros stay zero, so that a freshly initialised lora_B is still zero.  Draws
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,27 @@ from tracer.dtypes import DTYPES, is_float
 
 # Unsigned view of each float dtype: the next number away from zero has the next bit pattern.
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """What a twin changes: `by` in words (`rounding`, `threads`, `eager`).
+
+    `seed`: that of the moved starting point, None where it is not moved.  `base`: move the frozen weights too.
+    """
+
+    by: str
+    seed: int | None = None
+    base: bool = False
+
+    def moves(self, *, trained: bool) -> bool:
+        """Whether a parameter is moved."""
+        return self.seed is not None and (trained or self.base)
+
+    def facts(self) -> dict[str, object]:
+        """What the twin's trace says of itself, among what was observed."""
+        facts: dict[str, object] = {"twin": self.by}
+        return facts if self.seed is None else {**facts, "twin.seed": self.seed, "twin.base": self.base}
 
 
 def nudge(stored: npt.NDArray[Any], dtype: str, name: str, seed: int) -> npt.NDArray[Any]:
@@ -32,6 +54,7 @@ def nudge(stored: npt.NDArray[Any], dtype: str, name: str, seed: int) -> npt.NDA
     magnitude = bits & unsigned((1 << (8 * size - 1)) - 1)
     infinity = {"float64": 0x7FF0 << 48, "float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
     movable = (magnitude > 1) & (magnitude < unsigned(infinity - 1))
-    up = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(bits.shape) < 0.5
-    bits = np.where(movable, np.where(up, bits + unsigned(1), bits - unsigned(1)), bits)
-    return bits.astype(_BITS[size]).view(DTYPES[dtype]).reshape(stored.shape)
+    up = np.random.default_rng([seed, zlib.crc32(name.encode())]).integers(0, 2, bits.shape, dtype=np.bool_)
+    bits[movable & up] += unsigned(1)
+    bits[movable & ~up] -= unsigned(1)
+    return bits.view(DTYPES[dtype]).reshape(stored.shape)

@@ -178,6 +178,18 @@ class Trace:
         """Micro-batch numbers of the rows of a phase at a step; `(-1,)` for a phase with one row per step."""
         return tuple(sorted(m for p, s, m in self._rows if p is phase and s == step))
 
+    def to_dataframe(self) -> Any:
+        """One line a record, with its statistics, as a pandas DataFrame; raises PackageMissing without pandas."""
+        from tracer.notebook import dataframe
+
+        return dataframe(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from tracer.notebook import summary
+
+        return summary(self) if self._file is not None else "<p>a closed trace</p>"
+
     def close(self) -> None:
         """Close the file.  Safe to call twice."""
         if self._file is not None:
@@ -239,13 +251,14 @@ class Layout:
         self.digest: bytes = group.attrs["digest"].tobytes()
         self.records = int(group.attrs["records"])
         self._datasets: dict[str, Any] = {}
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}
 
     @cached_property
     def entries(self) -> tuple[IndexEntry, ...]:
         """The index; verified against the layout's digest."""
         with damage(self.trace.path, f"an index of {self.phase.label} cannot be read"):
             table = self.trace._table(self.group[schema.INDEX])
-            entries = tuple(IndexEntry.from_text([bytes(field).decode() for field in row]) for row in table)
+            entries = tuple(IndexEntry.from_text([field.decode() for field in row]) for row in table.tolist())
             if len(entries) != self.records or schema.layout_digest(self.phase, entries) != self.digest:
                 raise Damaged(
                     f"{self.trace.path} is damaged: an index of {self.phase.label} does not match its digest", _RERECORD
@@ -262,18 +275,29 @@ class Layout:
         kind = np.dtype(dtype)
         if count == 0:
             return np.zeros(0, kind)
+        offset, size = self._places.get((name, row)) or self._place(name, row)
+        if (start + count) * kind.itemsize > size:
+            raise Damaged(
+                f"{self.trace.path} is damaged: {self.phase.label}/{name} is shorter than its index", _RERECORD
+            )
+        return np.frombuffer(self.trace.pread(offset + start * kind.itemsize, count * kind.itemsize), kind)
+
+    def _place(self, name: str, row: int) -> tuple[int, int]:
+        """Where a row of a dataset is in the file: byte offset and size.  Remembered, as HDF5 takes its time to say."""
         with damage(self.trace.path, f"{self.phase.label} cannot be read"):
             dataset = self._datasets.get(name)
             if dataset is None:
                 dataset = self._datasets[name] = self.group[name]
-            width = math.prod(dataset.shape[1:])
             chunk = dataset.id.get_chunk_info_by_coord((row, *(0 for _ in dataset.shape[1:])))
-            if chunk.byte_offset is None or start + count > width or chunk.size != width * kind.itemsize:
+            if (
+                chunk.byte_offset is None
+                or chunk.size != math.prod(dataset.shape[1:]) * dataset.id.get_type().get_size()
+            ):
                 raise Damaged(
                     f"{self.trace.path} is damaged: a row of {dataset.name} is not where it should be", _RERECORD
                 )
-            data = self.trace.pread(chunk.byte_offset + start * kind.itemsize, count * kind.itemsize)
-        return np.frombuffer(data, kind)
+            place = self._places[name, row] = (int(chunk.byte_offset), int(chunk.size))
+        return place
 
 
 class RowView:
@@ -387,7 +411,9 @@ class RowView:
         sketches = layout.read_row(schema.SKETCH, self._position, "<f4", 0, width)
         digest = layout.read_row(schema.SKETCH_DIGEST, self._position, f"V{schema.DIGEST_BYTES}", 0, 1)
         if digest[0].tobytes() != schema.sketch_digest(sketches.tobytes(), self.stats.tobytes()):
-            raise Damaged(f"{layout.trace.path} is damaged: sketches of {self.address()} do not match their digest", _RERECORD)
+            raise Damaged(
+                f"{layout.trace.path} is damaged: sketches of {self.address()} do not match their digest", _RERECORD
+            )
         return sketches
 
     def address(self) -> str:

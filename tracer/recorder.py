@@ -24,6 +24,7 @@ import numpy.typing as npt
 from tracer.environment import environment
 from tracer.errors import BadUsage, NothingRecorded, TraceError
 from tracer.names import NameMap, Rule
+from tracer.perturb import Perturbation
 from tracer.schema import WHOLE_STEP, Phase, Record, Row, State
 from tracer.writer import TraceWriter
 
@@ -40,6 +41,7 @@ class RecordOptions:
 
     `what`: phases.  `steps`: first and last step, inclusive; step 0 is always recorded.  `only`, `omit`: globs over
     canonical names.  `names`: renaming rules that come before the built-in ones.  `durable`: fsync every step.
+    `twin`: what makes this run the twin of another; without it nothing of the run is ever changed.
     """
 
     what: frozenset[Phase] = DEFAULT_PHASES
@@ -50,6 +52,7 @@ class RecordOptions:
     declared: Mapping[str, Any] = field(default_factory=dict)
     overwrite: bool = False
     durable: bool = False
+    twin: Perturbation | None = None
 
 
 class Recorder:
@@ -65,7 +68,7 @@ class Recorder:
         self._rows: dict[tuple[Phase, int], list[Record]] = {}
         self._logged: dict[str, Record] = {}
         self._last_put = -1
-        self._observed: dict[str, Any] = {}
+        self._observed: dict[str, Any] = {} if self.options.twin is None else self.options.twin.facts()
         self._declared: dict[str, Any] = dict(self.options.declared)
         self._writer = _WriterThread(
             TraceWriter(path, env={}, declared={}, overwrite=self.options.overwrite, durable=self.options.durable)

@@ -48,7 +48,8 @@ def sketch(values: npt.NDArray[Any], dtype: str) -> Sketch:
 
 def sketch_distance(a: Sketch, b: Sketch) -> float:
     """Estimated L2 norm of the difference of two tensors; inf where a sketch has overflowed."""
-    delta = a.astype(np.float64) - b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        delta = a.astype(np.float64) - b.astype(np.float64)
     distance = math.sqrt(float(np.einsum("i,i->", delta, delta)))
     return distance if math.isfinite(distance) else math.inf
 

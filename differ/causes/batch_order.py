@@ -71,7 +71,7 @@ def _scope(context: Context, step: int, a: dict[int, Keys], b: dict[int, Keys]) 
         return "step", share, len(flat_a)
     later = [s for s in context.steps() if s >= step]
     every = [[key for s in later for keys in (_rows(context, side, s) or {}).values() for key in keys] for side in "ab"]
-    return "run", _share(*every), len(every[0])
+    return "run", _share(every[0], every[1]), len(every[0])
 
 
 def _share(a: Keys, b: Keys, resplit: bool = False) -> float:

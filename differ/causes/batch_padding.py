@@ -40,7 +40,7 @@ def _at(context: Context, step: int, found: set[str | None]) -> list[Cause]:
             continue
         if len(a.ids) != len(b.ids):
             return []
-        both = list(zip(lines(a, first_ids(b)), lines(b, first_ids(a)), strict=True))
+        both = _trimmed(a, b)
         differ += len(both)
         left += sum((x.ids, x.labels) != (y.ids, y.labels) for x, y in both)
         for side, here, trimmed in (("a", a, [x for x, _ in both]), ("b", b, [y for _, y in both])):
@@ -52,6 +52,14 @@ def _at(context: Context, step: int, found: set[str | None]) -> list[Cause]:
     parameters = {f"{key}_{side}": words[side].get(key) for side in "ab" for key in ("width", "where", "id")}
     summary = _sentence(words["a"], words["b"])
     return [Cause(ID, summary, None, step, Phase.BATCH.label, tuple(names), parameters, share)]
+
+
+def _trimmed(a: Batch, b: Batch) -> list[tuple[Line, Line]]:
+    """Rows of both sides without padding.  Ids at the beginning are padding on one side at most: try which."""
+    nothing: frozenset[int] = frozenset()
+    tries = ((nothing, nothing), (first_ids(b), nothing), (nothing, first_ids(a)))
+    pairs = [list(zip(lines(a, left_a), lines(b, left_b), strict=True)) for left_a, left_b in tries]
+    return min(pairs, key=lambda rows: sum((x.ids, x.labels) != (y.ids, y.labels) for x, y in rows))
 
 
 def _describe(words: dict[str, Any], here: Batch, trimmed: list[Line]) -> None:

@@ -82,7 +82,11 @@ def pairs(context: Context, step: int) -> Iterator[tuple[int, Batch, Batch]]:
 
 
 def lines(batch: Batch, other_first: frozenset[int] = frozenset()) -> list[Line]:
-    """The rows of a micro-batch without padding; `other_first`: ids that rows of the other side begin with."""
+    """The rows of a micro-batch without padding.
+
+    Without an attention mask the beginning of a row is looked at only if `other_first`, the ids that rows of the other side
+    begin with, are given.
+    """
     return [_line(batch, i, other_first) for i in range(len(batch.ids))]
 
 
@@ -109,7 +113,7 @@ def _unpadded(ids: Ints, labels: Ints | None, other_first: frozenset[int]) -> tu
     idle = np.ones(ids.size, bool) if labels is None else labels == IGNORED
     real = np.flatnonzero((ids != ids[-1]) | ~idle)
     stop = int(real[-1]) + 1 if real.size else 0
-    if int(ids[0]) in other_first or not other_first:
+    if not other_first or int(ids[0]) in other_first:
         return 0, stop
     real = np.flatnonzero((ids[:stop] != ids[0]) | ~idle[:stop])
     return (int(real[0]) if real.size else 0), stop

@@ -89,6 +89,13 @@ class Context:
         """Rules that the judges fitted in a phase, one a side: notes with the id `rule` and the rule as parameters."""
         return tuple(note for note in self.notes if note.id == "rule" and note.phase == phase.label)
 
+    def odd_side(self, phase: Phase, step: int) -> str | None:
+        """The side that follows no rule where the other one does, in a phase that is replayed; None if that can't be told."""
+        follow = {note.side for note in self.rules(phase) if note.step == step and note.side is not None}
+        if len(follow) != 1:
+            return None
+        return "b" if follow == {"a"} else "a"
+
     def steps(self) -> tuple[int, ...]:
         """Steps that both traces have, step 0 included."""
         other = set(self.b.steps)
@@ -109,7 +116,7 @@ class Context:
     def differing(self, phase: Phase, step: int, micro_batch: int = WHOLE_STEP) -> tuple[str, ...]:
         """Names on both sides whose tensors can be read and whose bits, dtype or shape differ, in a's order."""
         a, b = self.row("a", phase, step, micro_batch), self.row("b", phase, step, micro_batch)
-        if a is None or b is None:
+        if a is None or b is None or a.view.seal == b.view.seal:
             return ()
         common = (name for name in a.positions if name in b.positions and a.stored(name) and b.stored(name))
         return tuple(name for name in common if not _same_bits(a, b, name))

@@ -3,7 +3,8 @@
 Formula: at most 16 elements of a record, and at most one in eight, are unequal.  The share is that of the squared
 difference, with those elements put back: 1, unless nan or inf is among them, which is `precision.overflow`'s.
 
-Source: broken memory, a race, an index that is off, an in-place edit.  Nothing says which side is right.
+Source: broken memory, a race, an index that is off, an in-place edit.  Which side is wrong can be told where the
+phase is replayed and one side follows from its own inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Key = tuple[int, str, int, tuple[tuple[int, ...], ...], tuple[float, ...], tuple
 
 def find(context: Context) -> list[Cause]:
     """One cause for every such record."""
-    return [_cause(group) for group in ask(context, _question, (*TENSORS, Phase.BATCH))]
+    return [_cause(context, group) for group in ask(context, _question, (*TENSORS, Phase.BATCH))]
 
 
 def _question(place: Place, a: Float64, b: Float64) -> Answer[Key] | None:
@@ -45,7 +46,7 @@ def _question(place: Place, a: Float64, b: Float64) -> Answer[Key] | None:
     return Answer((place.micro_batch, place.name, a.size, places, tuple(a[unequal]), tuple(b[unequal])), sums)
 
 
-def _cause(group: Group[Key]) -> Cause:
+def _cause(context: Context, group: Group[Key]) -> Cause:
     _, name, size, places, a, b = group.key
     shown = f" at {list(places[0])} (a {number(a[0], 9)}, b {number(b[0], 9)})" if len(places) == 1 else ""
     verb = "differs" if len(places) == 1 else "differ"
@@ -55,4 +56,5 @@ def _cause(group: Group[Key]) -> Cause:
         "a": [float(x) for x in a], "b": [float(x) for x in b],
     }  # fmt: skip
     names = tuple(group.names)
-    return Cause(ID, summary, None, group.step, group.phase.label, names, parameters, group.sums.share)
+    side = context.odd_side(group.phase, group.step)
+    return Cause(ID, summary, side, group.step, group.phase.label, names, parameters, group.sums.share)

@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from differ.causes.constants import name_factor, setting, short
+from differ.causes.constants import setting, short
 from differ.causes.context import Context, Float64
 from differ.causes.fit import SHOWN, RatioFit, explained_share
 from differ.causes.grid import GRIDS, round_to
@@ -54,14 +54,14 @@ def _scale(context: Context, first: Finding, a: Float64, b: Float64) -> list[Cau
     fit.add(a, b)
     if not fit.ratio > 0.0 or fit.share < SHOWN:
         return []
-    matches = _known(context, first.step, fit, a.shape[-1] if a.ndim else 1)
+    matches = _known(context, fit, a.shape[-1] if a.ndim else 1)
     big, small = ("b", "a") if fit.ratio > 1.0 else ("a", "b")
     summary = f"{big}'s output of {first.name} is {max(fit.ratio, 1.0 / fit.ratio):.6g} times {small}'s"
     parameters = {"factor": short(fit.ratio), "matches": matches}
     return [_cause("forward.scale", summary + (f": {matches}" if matches else ""), first, parameters, fit.share)]
 
 
-def _known(context: Context, step: int, fit: RatioFit, width: int) -> str:
+def _known(context: Context, fit: RatioFit, width: int) -> str:
     size = max(fit.ratio, 1.0 / fit.ratio)
     root = math.sqrt(width)
     for dtype in GRIDS:
@@ -72,7 +72,7 @@ def _known(context: Context, step: int, fit: RatioFit, width: int) -> str:
         dropout = setting(context.trace(side), "lora.dropout")
         if dropout and dropout < 1.0 and abs(size * (1.0 - dropout) - 1.0) <= 1e-4:
             return f"1 / (1 - dropout {dropout:g})"
-    return name_factor(context, step, fit.ratio, fit.error)
+    return ""
 
 
 def _position(context: Context, first: Finding, number: int, a: Float64, b: Float64, *, noise: float) -> list[Cause]:

@@ -94,7 +94,7 @@ def _cast(weight: Weight) -> tuple[str, str] | None:
 
 def _near(weight: Weight, epsilon: float) -> bool:
     """Whether the norms differ by no more than rounding can make."""
-    return abs(weight.a[_L2] - weight.b[_L2]) <= epsilon * max(weight.a[_L2], weight.b[_L2])
+    return bool(abs(weight.a[_L2] - weight.b[_L2]) <= epsilon * max(weight.a[_L2], weight.b[_L2]))
 
 
 def _casts(cast: tuple[str, str], weights: list[Weight], frozen: int) -> Cause:

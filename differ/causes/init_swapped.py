@@ -34,7 +34,7 @@ def find(context: Context) -> list[Cause]:
     here, there = _places(a, names), _places(b, names)
     moved = {name: there[digest] for digest, name in here.items() if digest in there}
     cycles = _cycles(moved)
-    pairs = [cycle for cycle in cycles if len(cycle) == 2]
+    pairs: list[tuple[str, ...]] = [cycle for cycle in cycles if len(cycle) == 2]
     causes = [_pairs(pairs)] if pairs else []
     return causes + [_cycle(cycle) for cycle in cycles if len(cycle) > 2]
 

@@ -45,7 +45,9 @@ def find(context: Context) -> list[Cause]:
     for step, _, _ in context.groups(Phase.LOSS):
         losses = _losses(context, step)
         if losses is not None:
-            found = _denominator(step, losses) or _constant(context, step, losses)
+            found = _denominator(step, losses, unequal=True) or _constant(context, step, losses)
+            if found is None and _gradients(context, step) is None:
+                found = _denominator(step, losses, unequal=False)
             causes += [found] if found is not None else []
     return causes
 
@@ -98,10 +100,13 @@ def _shape(context: Context, step: int, number: int) -> tuple[int, int] | None:
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
 
-def _denominator(step: int, losses: _Losses) -> Cause | None:
-    """One side divides by something else; the first denominator that leaves nothing but rounding."""
+def _denominator(step: int, losses: _Losses, *, unequal: bool) -> Cause | None:
+    """One side divides by something else; the first denominator that leaves nothing but rounding.
+
+    `unequal`: only those that scale the micro-batches by unequal factors, which one constant cannot imitate.
+    """
     for words, factors in losses.denominators.items():
-        if len(factors) != len(losses.a):
+        if len(factors) != len(losses.a) or (unequal and len(set(factors.values())) == 1):
             continue
         for side, mine, other in (("b", losses.b, losses.a), ("a", losses.a, losses.b)):
             sums = Sums()

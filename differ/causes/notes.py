@@ -87,6 +87,9 @@ def _losses(context: Context, steps: Sequence[int]) -> list[Cause]:
     fit, seen = RatioFit(), []
     for step in steps:
         for number in context.micro_batches(Phase.LOSS, step):
+            rows = [context.row(side, Phase.LOSS, step, number) for side in "ab"]
+            if rows[0] is not None and rows[1] is not None and rows[0].view.seal == rows[1].view.seal:
+                continue  # the same bits: not even their index is read
             both = context.pair(Phase.LOSS, step, "loss", number)
             if both is not None:
                 fit.add(*both)

@@ -20,6 +20,7 @@ from differ.causes.constants import short
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
 from differ.causes.updates import (
+    apart,
     inputs_of,
     parameters_named,
     settings_causes,
@@ -34,6 +35,7 @@ from tracer.schema import Phase
 
 ID: Final = "optimizer.betas"
 
+_CORRECTED: Final = tuple(how for how in ADAM_RULES if dict(how)["correction"] == "yes")
 _KINDS: Final = ((FIRST_MOMENT, "beta1"), (SECOND_MOMENT, "beta2"))
 
 
@@ -41,12 +43,15 @@ def find(context: Context) -> list[Cause]:
     """Causes from the settings, and one for each beta of a side whose moments do not follow."""
     causes = settings_causes(context, ID, ("beta1", "beta2"), "moment decay")
     for step, phase, _ in context.groups(Phase.OPT_STATE, Phase.PARAM):
-        for side, names in strays(context, phase, step):
-            causes += (
-                _moments(context, side, step, names)
-                if phase is Phase.OPT_STATE
-                else _update(context, side, step, names)
-            )
+        if phase is Phase.OPT_STATE:
+            for side, names in strays(context, phase, step):
+                causes += _moments(context, side, step, names)
+        else:
+            # With other betas than recorded a corrected update can look like an uncorrected one, so not strays only.
+            for side, names in strays(context, Phase.OPT_STATE, step):
+                owners = set(parameters_named(names, Phase.OPT_STATE))
+                mine = [one.name for one in apart(context, phase, step) if one.name in owners]
+                causes += _update(context, side, step, mine)
     return causes
 
 
@@ -79,7 +84,7 @@ def _update(context: Context, side: str, step: int, names: list[str]) -> list[Ca
         return []
     sums, explained = Sums(), []
     for name in names:
-        one, follows = supposed(context, side, Phase.PARAM, step, name, with_hyper(**betas), ADAM_RULES)
+        one, follows = supposed(context, side, Phase.PARAM, step, name, with_hyper(**betas), _CORRECTED)
         if follows and one.share >= SHOWN:
             sums += one
             explained.append(name)
@@ -92,9 +97,9 @@ def _fit_beta(context: Context, side: str, step: int, names: list[str]) -> float
     for name in names:
         inputs = inputs_of(context, side, Phase.OPT_STATE, step, name)
         if isinstance(inputs, MomentInputs) and inputs.kind in (FIRST_MOMENT, SECOND_MOMENT):
-            for apart, moved in _deviations(inputs):
-                top += float(np.dot(moved, apart))
-                bottom += float(np.dot(apart, apart))
+            for away, moved in _deviations(inputs):
+                top += float(np.dot(moved, away))
+                bottom += float(np.dot(away, away))
     beta = top / bottom if bottom > 0.0 else -1.0
     return short(beta) if 0.0 <= beta < 1.0 else None
 

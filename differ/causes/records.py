@@ -34,10 +34,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[K]):
-    """What a question found in one record; answers with equal keys go together."""
+    """What a question found in one record; answers with equal keys go together, whatever they `fitted`."""
 
     key: K
     sums: Sums
+    fitted: float = 0.0
 
 
 @dataclass(slots=True)
@@ -49,7 +50,13 @@ class Group(Generic[K]):
     key: K
     of: int
     names: list[str] = field(default_factory=list)
+    fits: list[float] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
+
+    @property
+    def fitted(self) -> float:
+        """Mean of what was fitted in each record."""
+        return sum(self.fits) / len(self.fits)
 
     @property
     def subject(self) -> str:
@@ -79,6 +86,7 @@ def ask(
                 continue
             group = groups.setdefault((step, phase, answer.key), Group(step, phase, answer.key, len(places)))
             group.names.append(place.name)
+            group.fits.append(answer.fitted)
             group.sums += answer.sums
     for group in groups.values():
         group.names = sorted(set(group.names))

@@ -33,15 +33,13 @@ CHANCE: Final = 5.0
 CLOSE: Final = 0.02
 
 Bools = npt.NDArray[np.bool_]
-# Side that drops, None for both; rate to two digits.
-Key = tuple[str | None, float]
 
 
 def find(context: Context) -> list[Cause]:
     """One cause for every row with dropped elements, by which side drops."""
     causes = []
     for group in ask(context, _question, PHASES):
-        side, rate = group.key
+        side, rate = group.key, round(group.fitted, 3)
         percent = f"{100 * rate:.0f} %"
         if side is None:
             summary = f"{group.subject}: about {percent} of the elements are dropped on both sides, but other ones"
@@ -55,7 +53,7 @@ def find(context: Context) -> list[Cause]:
     return causes
 
 
-def _question(_place: Place, a: Float64, b: Float64) -> Answer[Key] | None:
+def _question(_place: Place, a: Float64, b: Float64) -> Answer[str | None] | None:
     if a.size < SMALLEST:
         return None
     zeros = a == 0.0, b == 0.0
@@ -69,7 +67,7 @@ def _question(_place: Place, a: Float64, b: Float64) -> Answer[Key] | None:
     return None
 
 
-def _both(a: Float64, b: Float64, zeros: tuple[Bools, Bools], rates: list[float]) -> Answer[Key] | None:
+def _both(a: Float64, b: Float64, zeros: tuple[Bools, Bools], rates: list[float]) -> Answer[str | None] | None:
     n, (p, q) = a.size, rates
     if max(p, q) > 1.0 - LOWEST_RATE or _whole_rows(zeros[0]) or _whole_rows(zeros[1]):
         return None
@@ -80,10 +78,10 @@ def _both(a: Float64, b: Float64, zeros: tuple[Bools, Bools], rates: list[float]
         return None
     sums = Sums()
     sums.add(a, b, np.where(zeros[0] | zeros[1], a, b))
-    return Answer((None, round((p + q) / 2, 2)), sums) if sums.share >= SHOWN else None
+    return Answer(None, sums, (p + q) / 2) if sums.share >= SHOWN else None
 
 
-def _one(side: str, dropped: Float64, whole: Float64, zero: Bools) -> Answer[Key] | None:
+def _one(side: str, dropped: Float64, whole: Float64, zero: Bools) -> Answer[str | None] | None:
     """The side that drops is `dropped`: whole / (1 - p) where it is not zero."""
     if _whole_rows(zero) or zero.all():
         return None
@@ -95,7 +93,7 @@ def _one(side: str, dropped: Float64, whole: Float64, zero: Bools) -> Answer[Key
         return None
     sums = Sums()
     sums.add(dropped, whole, np.where(zero, 0.0, fit.ratio * whole))
-    return Answer((side, round(float(zero.mean()), 2)), sums) if sums.share >= SHOWN else None
+    return Answer(side, sums, float(zero.mean())) if sums.share >= SHOWN else None
 
 
 def _whole_rows(zero: Bools) -> bool:

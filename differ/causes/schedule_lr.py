@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 
 from differ.causes.context import Context
-from differ.causes.fit import SHOWN, explained_share
+from differ.causes.fit import SHOWN, Float64, explained_share
 from differ.causes.words import count, number
 from differ.result import Cause
 from tracer.schema import Phase
@@ -86,22 +87,12 @@ def _series(context: Context, side: str, name: str) -> dict[int, float]:
 
 def _fit(a: Series, b: Series, steps: list[int]) -> Shape | None:
     """The first formula that gives one side from the other."""
+    both = (("b", "a", b, a), ("a", "b", a, b))
     tries: list[Iterator[Shape]] = [
         _ratio(a, b, steps),
-        *(_both(_offset, a, b, steps)),
-        *(_both(_advanced, a, b, steps)),
-        *(_both(_no_warmup, a, b, steps)),
-        *(_both(_constant, a, b, steps)),
+        *(rule(*sides, steps) for rule in (_offset, _advanced, _no_warmup, _constant) for sides in both),
     ]
     return next((shape for tried in tries for shape in tried), None)
-
-
-def _both(
-    rule: Callable[[str, str, Series, Series, list[int]], Iterator[Shape]], a: Series, b: Series, steps: list[int]
-):  # type: ignore[no-untyped-def]
-    """The rule for b from a, then for a from b."""
-    yield rule("b", "a", b, a, steps)
-    yield rule("a", "b", a, b, steps)
 
 
 def _ratio(a: Series, b: Series, steps: list[int]) -> Iterator[Shape]:
@@ -138,19 +129,15 @@ def _advanced(mine: str, other: str, y: Series, x: Series, steps: list[int]) -> 
             share = _compare(y, x, steps, lambda t, k=k, c=counts_from: x.get(c + k * (t - c)))  # type: ignore[misc]
             if share is None:
                 continue
-            times = (
-                "never advances its learning-rate schedule"
-                if k == 0
-                else f"advances its learning-rate schedule {k} times a step"
-            )
-            yield Shape("advanced", (("times", k),), mine, f"{mine} {times}; {other} does so once", share)
+            how_often = "never advances its learning rate" if k == 0 else f"advances its learning rate {k} times a step"
+            yield Shape("advanced", (("times", k),), mine, f"{mine} {how_often}; {other} does so once", share)
 
 
 def _no_warmup(mine: str, other: str, y: Series, x: Series, steps: list[int]) -> Iterator[Shape]:
     peak = max(x.values())
     reached = min(t for t, value in x.items() if not _apart(value, peak))
     before = [x[t] for t in sorted(x) if t <= reached]
-    if len(before) < 2 or any(later <= earlier for earlier, later in zip(before, before[1:], strict=False)):
+    if len(before) < 2 or any(later <= earlier for earlier, later in pairwise(before)):
         return
     share = _compare(y, x, steps, lambda t: peak if t <= reached else x[t], fewest=1)
     if share is not None:
@@ -160,13 +147,10 @@ def _no_warmup(mine: str, other: str, y: Series, x: Series, steps: list[int]) ->
 
 def _constant(mine: str, other: str, y: Series, x: Series, steps: list[int]) -> Iterator[Shape]:
     values = [y[t] for t in steps]
-    if (
-        len(steps) < 3
-        or any(_apart(value, values[0]) for value in values)
-        or not any(_apart(x[t], x[steps[0]]) for t in steps)
-    ):
+    changes = any(_apart(x[t], x[steps[0]]) for t in steps)
+    if len(steps) < 3 or not changes or any(_apart(value, values[0]) for value in values):
         return
-    share = _compare(y, x, steps, lambda t: values[0])
+    share = _compare(y, x, steps, dict.fromkeys(steps, values[0]).get)
     if share is not None:
         theirs = f"{number(min(x[t] for t in steps))} to {number(max(x[t] for t in steps))}"
         sentence = f"{mine} keeps its learning rate at {number(values[0])}; {other}'s changes ({theirs})"
@@ -184,7 +168,7 @@ def _compare(
     return _share(np.array([y[t] for t, _ in known]), np.array([x[t] for t, _ in known]), predicted)
 
 
-def _share(y: np.ndarray, x: np.ndarray, predicted: np.ndarray) -> float | None:  # type: ignore[type-arg]
+def _share(y: Float64, x: Float64, predicted: Float64) -> float | None:
     if (np.abs(y - predicted) > CLOSE * np.maximum(np.abs(y), np.abs(predicted))).any():
         return None
     share = explained_share(float(((y - x) ** 2).sum()), float(((y - predicted) ** 2).sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from differ.compare import distance
-from differ.judges.model import input_distance
+from differ.judges.model import allowance
 from differ.session import RowPair, Session, value_finding
 from tracer.names import split_state_name
 from tracer.schema import Phase
@@ -12,14 +12,13 @@ from tracer.schema import Phase
 def judge_across(session: Session, pair: RowPair, name: str) -> bool:
     """Judge one record against the other side's, as far as the inputs agree; returns whether it diverged."""
     parameter = split_state_name(name)[0] if pair.phase is Phase.OPT_STATE else name
-    tolerance = session.tolerance(pair, name)
-    apart = input_distance(pair.phase, parameter, session.inputs.before(pair.step), tolerance)
-    if session.model_blocked or session.step_blocked or not tolerance.judges(apart):
+    granted = allowance(session, pair, name, parameter=parameter)
+    if session.model_blocked or session.step_blocked or not granted.judges:
         session.tally.explained(pair.phase)
         return False
     a, b = pair.a.read(name), pair.b.read(name)
     measured = distance(a, b)
-    observed, allowed = measured.rel_l2(), tolerance.at(apart)
+    observed, allowed, apart = measured.rel_l2(), granted.error, granted.distance
     if observed <= allowed and measured.nonfinite < 0:
         session.measured(pair, name, observed, allowed, distance=apart)
         return False
@@ -28,7 +27,9 @@ def judge_across(session: Session, pair: RowPair, name: str) -> bool:
         return True
     session.diverged_at.setdefault(pair.phase, pair.step)
     session.measured(pair, name, observed, allowed, distance=apart, diverged=True)
-    session.tally.find(value_finding(pair, name, measured, (a, b), observed=observed, tolerance=allowed, required=observed))
+    session.tally.find(
+        value_finding(pair, name, measured, (a, b), observed=observed, tolerance=allowed, required=observed)
+    )
     return True
 
 

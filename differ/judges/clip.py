@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from differ.align import Row, Rows
-from differ.compare import Distance, distance
+from differ.align import Row, Rows, Tensor
+from differ.compare import Distance, distance, element
 from differ.judges.across import judge_across, waived
 from differ.policy import Policy
 from differ.replay.clip import ClippedTensor, ClipRules, clipped_tensor, identify
@@ -89,17 +89,24 @@ def _find_rules(session: Session, pair: RowPair, names: Sequence[str], a: ClipRu
                 "rule", found.sentence(side), side=side, step=pair.step, phase=pair.phase.label, parameters=parameters
             )
         )
-    observed = measured.rel_l2()
+    tensors = (pair.a.read(name), pair.b.read(name))
     tolerance = session.policy.replay(pair.dtype(name))
     allowed = tolerance.ulp * tolerance.eps
-    session.measured(pair, name, observed, allowed, diverged=True)
+    required = _element_error(measured, tensors)
+    session.measured(pair, name, required, allowed, diverged=True)
     session.tally.explained(pair.phase, len(names) - 1)
     session.tally.find(
         value_finding(
-            pair, name, measured, (pair.a.read(name), pair.b.read(name)), observed=observed, tolerance=allowed,
-            required=observed, detail=f"{a.sentence('a')}; {b.sentence('b')}",
+            pair, name, measured, tensors, observed=measured.rel_l2(), tolerance=allowed,
+            required=required, detail=f"{a.sentence('a')}; {b.sentence('b')}",
         )
     )  # fmt: skip
+
+
+def _element_error(measured: Distance, tensors: tuple[Tensor, Tensor]) -> float:
+    """Relative error of the element that differs most: a rule is replayed element by element."""
+    size = max(abs(float(element(tensor, measured.at))) for tensor in tensors)
+    return max(measured.rel_l2(), measured.max_abs / size if size > 0.0 else 0.0)
 
 
 def largest_difference(pair: RowPair, names: Sequence[str]) -> tuple[str, Distance]:

@@ -7,23 +7,28 @@ or the parameters are too far apart the difference is propagated.
     relative error of a tensor   |a - b| / max(|a|, |b|, 1e-6 * norm of the whole phase)
     relative error of a loss     |a - b| / max(|a|, |b|, 1): logits have rounding noise that a small loss does not shrink
     gradient noise               base / min(1, loss): p - 1 loses digits as the loss gets small
+
+With noise files the tolerance is what the twins show, and it grows only with what their inputs do not reach:
+
+    allowed   max(base, safety * envelope) + per_input * max(0, distance - reach * distance of the twin's inputs)
+
+for each twin, the largest of them: one file more never makes it smaller.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from differ.compare import distance
 from differ.inputs import InputDistance
+from differ.noise import Floor, smallest_norm
 from differ.policy import Tolerance
 from differ.session import RowPair, Session, value_finding
 from tracer.schema import Phase
 
-# Tensors smaller than this share of the phase's norm hold noise only.
-NOISE_SHARE: Final = 1e-6
-LOSS_FLOOR: Final = 1.0
 # A loss below this is all rounding noise; the gradient's noise is not divided by less.
 SMALLEST_LOSS: Final = 1e-6
 
@@ -33,8 +38,6 @@ def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     if session.model_blocked or session.step_blocked:
         session.tally.explained(pair.phase, len(names))
         return
-    # An evaluation comes after the update.
-    inputs = session.inputs.before(pair.step + 1 if pair.phase is Phase.EVAL else pair.step)
     floor = noise_floor(pair)
     amplify = 1.0 / batch_loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
     repeats = not session.first_step_of(pair.phase, pair.step)
@@ -43,7 +46,7 @@ def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
         if pair.phase is Phase.FORWARD and diverged:
             session.tally.explained(pair.phase)  # modules run in order: the rest got what this one made
             continue
-        diverged |= _judge_one(session, pair, name, inputs, floor=floor, amplify=amplify, repeats=repeats)
+        diverged |= _judge_one(session, pair, name, floor=floor, amplify=amplify, repeats=repeats)
     if diverged:
         session.diverged_at.setdefault(pair.phase, pair.step)
         session.step_blocked = session.step_blocked or pair.phase is not Phase.EVAL
@@ -53,19 +56,17 @@ def _judge_one(
     session: Session,
     pair: RowPair,
     name: str,
-    inputs: InputDistance | None,
     *,
     floor: float,
     amplify: float,
     repeats: bool,
 ) -> bool:
     """Judge one record; returns whether it differs beyond tolerance."""
-    tolerance = session.tolerance(pair, name)
-    apart = input_distance(pair.phase, name, inputs, tolerance)
-    allowed = tolerance.at(apart) + (amplify - 1.0) * tolerance.base
-    if apart > tolerance.bound or allowed >= 1.0:
+    granted = allowance(session, pair, name, amplify=amplify)
+    if not granted.judges:
         session.tally.explained(pair.phase)
         return False
+    allowed, apart = granted.error, granted.distance
     a, b = pair.a.read(name), pair.b.read(name)
     measured = distance(a, b)
     observed = measured.rel_l2(floor)
@@ -82,6 +83,45 @@ def _judge_one(
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """Relative error that a record may have, the distance between its inputs, and whether these leave it to be judged."""
+
+    error: float
+    distance: float
+    judges: bool
+
+
+def allowance(session: Session, pair: RowPair, name: str, *, parameter: str = "", amplify: float = 1.0) -> Allowance:
+    """What a record may differ by, given its inputs and the noise floor.
+
+    `parameter`: that of an optimizer's state.  `amplify` is for `base`.  A user's own rule for the record knows better than
+    any noise.
+    """
+    tolerance = session.tolerance(pair, name)
+    # An evaluation comes after the update.
+    inputs = session.inputs.before(pair.step + 1 if pair.phase is Phase.EVAL else pair.step)
+    apart = input_distance(pair.phase, parameter or name, inputs, tolerance)
+    noise = session.noise
+    floors = [] if noise is None or tolerance.explicit else noise.floors(pair.phase, pair.step)
+    if not floors:
+        error = tolerance.at(apart) + (amplify - 1.0) * tolerance.base
+        return Allowance(error, apart, apart <= tolerance.bound and error < 1.0)
+    each = []
+    for floor in floors:
+        beyond = 0.0 if inputs is None else _beyond(session, pair.phase, parameter or name, floor, apart)
+        least = max(amplify * tolerance.base, session.policy.noise.safety * floor.level.of(name))
+        error = least + tolerance.per_input * beyond
+        each.append(Allowance(error, apart, beyond <= tolerance.bound and error < 1.0))
+    return Allowance(max(one.error for one in each), apart, all(one.judges for one in each))
+
+
+def _beyond(session: Session, phase: Phase, name: str, floor: Floor, apart: float) -> float:
+    """How much further apart the inputs are than those of a twin account for."""
+    reached = input_distance(phase, name, floor.inputs, Tolerance(0.0))
+    return max(0.0, apart - session.policy.noise.reach * reached)
+
+
 def input_distance(phase: Phase, name: str, inputs: InputDistance | None, tolerance: Tolerance) -> float:
     """Distance of a record's inputs; where the parameters were not recorded, the largest that is still judged."""
     if inputs is None:
@@ -91,10 +131,7 @@ def input_distance(phase: Phase, name: str, inputs: InputDistance | None, tolera
 
 def noise_floor(pair: RowPair) -> float:
     """Norm below which a tensor of this row holds rounding noise only."""
-    if pair.phase is not Phase.GRAD:
-        return LOSS_FLOOR if pair.phase in (Phase.LOSS, Phase.EVAL) else 0.0
-    sides = [math.hypot(*(float(l2) for l2 in row.view.stats[:, 0])) for row in (pair.a, pair.b)]
-    return NOISE_SHARE * max(sides)
+    return smallest_norm(pair.phase, pair.a, pair.b)
 
 
 def batch_loss(session: Session, step: int) -> float:

@@ -7,11 +7,13 @@ largest difference.  A side that has followed a rule and leaves it for one tenso
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from differ.align import Row
-from differ.compare import distance
+from differ.compare import Distance, distance
+from differ.inputs import parameters_before
 from differ.judges.across import judge_across, waived
 from differ.judges.clip import largest_difference
 from differ.replay.fit import Fit
@@ -24,10 +26,10 @@ from differ.replay.optimizer import (
     UpdateInputs,
     differing_aspects,
 )
-from differ.result import Cause, Finding
+from differ.result import Cause
 from differ.session import RowPair, Session, value_finding
 from tracer.dtypes import is_float
-from tracer.schema import Phase
+from tracer.schema import Phase, State
 
 Inputs = UpdateInputs | MomentInputs
 
@@ -36,10 +38,11 @@ Inputs = UpdateInputs | MomentInputs
 class SideFit:
     """How one side's tensor follows: rules that fit with their margins, and the nearest fit where none does.
 
-    `tried`: its inputs were recorded.  `moved`: it changed at all, so that following a rule says something.
+    `missed`: the rules that do not fit with theirs, above 1.  `tried`: its inputs were recorded.  `moved`: it changed at all, so that following a rule says something.
     """
 
     rules: dict[Rule, float] = field(default_factory=dict)
+    missed: dict[Rule, float] = field(default_factory=dict)
     nearest: Fit | None = None
     tried: bool = False
     moved: bool = False
@@ -64,6 +67,12 @@ class Outcome:
         """Margin of the common rule."""
         how = self.common
         return 0.0 if how is None else max(self.a.rules[how], self.b.rules[how])
+
+    @property
+    def excess(self) -> float:
+        """How many times its allowance the nearest rule misses one of the sides by; above 1 without a common rule."""
+        a, b = ({**side.missed, **side.rules} for side in (self.a, self.b))
+        return min((max(a[how], b[how]) for how in a if how in b), default=math.inf)
 
 
 def judge_param(session: Session, pair: RowPair, names: Sequence[str]) -> None:
@@ -97,6 +106,9 @@ def _judge(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     for side in "ab":
         if any(getattr(outcome, side).rules and getattr(outcome, side).moved for outcome in outcomes):
             session.followed[side].add(family)
+    if sum(family in session.followed[side] for side in "ab") == 1 and _moves_alike(session, pair):
+        for side in "ab":
+            session.followed[side].add(family)
     apart: list[Outcome] = []
     for outcome in outcomes:
         if outcome.common is not None:
@@ -112,11 +124,33 @@ def _judge(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     _find_apart(session, pair, apart)
 
 
+def _moves_alike(session: Session, pair: RowPair) -> bool:
+    """Whether some record of the row has changed in this step, to the same bits: there, what one side follows both do."""
+    before = (
+        parameters_before(session.a, pair.step)
+        if pair.phase is Phase.PARAM
+        else session.a.get(pair.phase, pair.step - 1)
+    )
+    for name in pair.a.positions:
+        digest = pair.a.digest(name)
+        if not digest or name not in pair.b.positions or not is_float(pair.a.entry(name).dtype):
+            continue
+        if digest != pair.b.digest(name) or pair.a.state(name) is not State.VALUE:
+            continue
+        if before is None or name not in before.positions or before.digest(name) != digest:
+            return True
+    return False
+
+
 def _unknown(session: Session, family: str, outcome: Outcome) -> bool:
-    """Whether the optimizer is one that is not known here: neither side fits, or one that never has."""
+    """Whether the optimizer is one that is not known here: neither side fits, or one that never has.
+
+    Moments that follow make it a known one: an update that then does not is a divergence, not another optimizer.
+    """
     if not outcome.a.rules and not outcome.b.rules:
         return True
-    return any(not getattr(outcome, side).rules and family not in session.followed[side] for side in "ab")
+    known = {family, Phase.OPT_STATE.label}
+    return any(not getattr(outcome, side).rules and not known & session.followed[side] for side in "ab")
 
 
 def _fit_both(session: Session, pair: RowPair, outcome: Outcome, likely: Sequence[Rule]) -> None:
@@ -150,7 +184,9 @@ def _try(session: Session, inputs: Inputs, how: Rule, side: SideFit) -> None:
     fit = inputs.fit(how, tolerance)
     if fit.ok:
         side.rules[how] = fit.margin
-    elif side.nearest is None or fit.margin < side.nearest.margin:
+        return
+    side.missed[how] = fit.margin
+    if side.nearest is None or fit.margin < side.nearest.margin:
         side.nearest = fit
 
 
@@ -204,20 +240,20 @@ def _aspects(outcome: Outcome) -> frozenset[str]:
 
 
 def _find_group(session: Session, pair: RowPair, outcomes: Sequence[Outcome]) -> None:
-    name, measured = largest_difference(pair, [outcome.name for outcome in outcomes])
-    outcome = next(outcome for outcome in outcomes if outcome.name == name)
-    observed = measured.rel_l2()
-    tolerance = session.policy.replay(pair.dtype(name))
-    allowed = tolerance.relative
-    session.measured(pair, name, observed, allowed, diverged=True)
+    outcome, measured = _foremost(pair, outcomes)
+    name = outcome.name
+    # What the replay allows, and what it would have to; how far the sides are from each other is another number.
+    allowed = session.policy.replay(pair.dtype(name)).relative
+    session.measured(pair, name, outcome.excess, 1.0, diverged=True)
     session.tally.explained(pair.phase, len(outcomes) - 1)
     stray = _stray(outcome)
-    finding: Finding = value_finding(
-        pair, name, measured, (pair.a.read(name), pair.b.read(name)), observed=observed, tolerance=allowed,
-        required=observed, at=stray.at if stray is not None and stray.residual2 > 0.0 else None,
-        detail=_describe(outcome),
+    session.tally.find(
+        value_finding(
+            pair, name, measured, (pair.a.read(name), pair.b.read(name)), observed=measured.rel_l2(), tolerance=allowed,
+            required=allowed * outcome.excess, at=stray.at if stray is not None and stray.residual2 > 0.0 else None,
+            detail=_describe(outcome),
+        )
     )  # fmt: skip
-    session.tally.find(finding)
     for side, fit in (("a", outcome.a), ("b", outcome.b)):
         if fit.rules:
             choices = dict(_shown(outcome, side))
@@ -225,6 +261,15 @@ def _find_group(session: Session, pair: RowPair, outcomes: Sequence[Outcome]) ->
             session.note_once(
                 Cause("rule", summary, side=side, step=pair.step, phase=pair.phase.label, parameters=choices)
             )
+
+
+def _foremost(pair: RowPair, outcomes: Sequence[Outcome]) -> tuple[Outcome, Distance]:
+    """The tensor that stands for a group: the largest difference, or the worst miss where a side follows no rule."""
+    if all(outcome.a.rules and outcome.b.rules for outcome in outcomes):
+        name, measured = largest_difference(pair, [outcome.name for outcome in outcomes])
+        return next(outcome for outcome in outcomes if outcome.name == name), measured
+    outcome = max(sorted(outcomes, key=lambda one: one.name), key=lambda one: one.excess)
+    return outcome, distance(pair.a.read(outcome.name), pair.b.read(outcome.name))
 
 
 def _stray(outcome: Outcome) -> Fit | None:

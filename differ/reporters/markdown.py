@@ -113,7 +113,11 @@ def _findings(findings: Sequence[Finding], budget: int) -> Iterator[str]:
         return
     rows = list(_fitting((_row(finding) for finding in findings[:MOST_FINDINGS]), budget))
     part = len(rows) < len(findings)
-    shown = f"first {len(rows):,} of {words.plural(len(findings), 'finding')}" if part else words.plural(len(rows), "finding")
+    shown = (
+        f"first {len(rows):,} of {words.plural(len(findings), 'finding')}"
+        if part
+        else words.plural(len(rows), "finding")
+    )
     yield f"<details><summary>{shown}</summary>"
     yield ""
     yield "| step | phase | micro-batch | name | kind | what |"

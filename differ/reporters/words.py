@@ -50,7 +50,9 @@ def describe(finding: Finding) -> str:
     if finding.kind is Kind.NONFINITE:
         parts.append("nan or inf on one side only")
     elif finding.rel_l2 is not None and finding.tolerance is not None:
-        parts.append(f"relative error {short(finding.rel_l2)} (tolerance {short(finding.tolerance)})")
+        # A replay is judged by what it misses, not by how far the sides are apart: its tolerance is no measure of that.
+        allowed = f" (tolerance {short(finding.tolerance)})" if finding.required == finding.rel_l2 else ""
+        parts.append(f"relative error {short(finding.rel_l2)}{allowed}")
     if finding.index is not None:
         at = f" at {list(finding.index)}" if finding.index else ""
         parts.append(f"a {value(finding.a)}, b {value(finding.b)}{at}")
@@ -63,8 +65,8 @@ def explained(cause: Cause) -> str:
 
 
 def share(cause: Cause) -> str:
-    """Share of the difference that a cause explains: `99.9 %`, rounded down, so that 100 means all of it."""
-    return "" if cause.explains is None else f"{int(cause.explains * 1000) / 10:.1f} %"
+    """Share of the difference that a cause explains: `99.9 %`."""
+    return "" if cause.explains is None else f"{100 * cause.explains:.1f} %"
 
 
 def causes(result: DiffResult) -> list[Cause]:
@@ -98,7 +100,8 @@ def before(result: DiffResult) -> str:
     steps = [plural(seen.steps, "whole step")] if seen.steps else []
     parts = [*steps, *seen.phases] or ["step 0"]
     verb = "agrees" if len(parts) == 1 and seen.steps <= 1 else "agree"
-    return f"{', '.join(parts)} {verb} ({plural(seen.records, 'record')}, worst {short(seen.margin)} of tolerance)"
+    worst = f"worst {short(seen.margin)} of tolerance" if seen.margin else "no difference"
+    return f"{', '.join(parts)} {verb} ({plural(seen.records, 'record')}, {worst})"
 
 
 def also(result: DiffResult) -> list[str]:
@@ -123,7 +126,12 @@ def counts(result: DiffResult) -> str:
     """`3 steps, 136 records compared, 78 same bits, 57 within tolerance`."""
     c = result.counts
     parts = [f"{plural(c.steps, 'step')}, {plural(c.compared, 'record')} compared", f"{c.same_bits:,} same bits"]
-    others = (c.within, "within tolerance"), (c.propagated, "propagated"), (c.diverged, "diverged"), (c.unrecorded, "unrecorded")
+    others = (
+        (c.within, "within tolerance"),
+        (c.propagated, "propagated"),
+        (c.diverged, "diverged"),
+        (c.unrecorded, "unrecorded"),
+    )
     return ", ".join([*parts, *(f"{number:,} {word}" for number, word in others if number)])
 
 

@@ -53,7 +53,8 @@ def test_a_setting_that_differs_is_shown_with_both_values(compare: Compare) -> N
 )
 def test_the_setting_that_bears_on_the_first_finding_comes_first(fault: str, expected: str, compare: Compare) -> None:
     def declared(word: str) -> dict[str, Any]:
-        return {"declared": {key: word for key in ("clip.mode", "data.order", "lora.alpha", "optimizer.lr", "zzz", "aaa")}}
+        keys = ("clip.mode", "data.order", "lora.alpha", "optimizer.lr", "zzz", "aaa")
+        return {"declared": dict.fromkeys(keys, word)}
 
     result = compare(fault, a=declared("x"), b=declared("y"))
 

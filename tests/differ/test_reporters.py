@@ -14,12 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from differ import DiffResult, diff
+from differ import Cause, DiffResult, diff
 from differ.reporters import REPORTERS, Style, reporter
 from tests.builders import make_trace
 from tests.differ.conftest import Compare
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "differ"
+
+CAUSES = (
+    Cause("init.names", "b adapts layers 1–2, a all 3", side="b", step=0, phase="init", names=("x",), explains=1.0),
+    Cause("config.differs", "clip.mode: a none, b value", step=0, phase="config", names=("clip.mode",)),
+)
 
 
 def story(tmp_path: Path) -> DiffResult:
@@ -34,8 +39,14 @@ def story(tmp_path: Path) -> DiffResult:
         bias_correction=False,
     )
     result = diff(a, b)
-    # Where the files lie is no part of the golden text.
-    return replace(result, a=replace(result.a, path="a.h5"), b=replace(result.b, path="b.h5"))
+    # Where the files lie is no part of a golden file, and what the causes say is tested with the causes.
+    return replace(
+        result,
+        a=replace(result.a, path="a.h5"),
+        b=replace(result.b, path="b.h5"),
+        causes=CAUSES,
+        notes=tuple(note for note in result.notes if note.id == "rule"),
+    )
 
 
 def check(name: str, text: str) -> None:

@@ -18,7 +18,7 @@ from tracer.schema import Phase
 
 FOLDER = Path(tempfile.mkdtemp(prefix="properties-"))
 # Traces are made once each and compared many times.
-EXAMPLES = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 faults = st.sampled_from([None, *sorted(FAULTS)])
 noises = st.sampled_from([0.0, 3e-7])

@@ -57,9 +57,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     """A program without and with a recorder, each in a process of its own."""
     folder = tmp_path_factory.mktemp("pairs")
 
-    @functools.cache
     def both(program: str) -> dict[tuple[str, ...], Pair]:
-        pytest.importorskip("peft")
         variants = [arguments for name, *arguments in LOOPS if name == program]
         traces = [folder / f"{program}-{i}.h5" for i in range(len(variants))]
         script = str(PROGRAMS / f"{program}.py")
@@ -68,7 +66,22 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         recorded = run("-c", RUNNER, script, *lines)
         return {tuple(v): found for v, *found in zip(variants, plain, recorded, traces, strict=True)}  # type: ignore[misc]
 
-    return lambda program, *arguments: both(program)[arguments]
+    pytest.importorskip("peft")
+    done: dict[str, dict[tuple[str, ...], Pair] | AssertionError] = {}
+
+    def pair(program: str, *arguments: str) -> Pair:
+        if program not in done:
+            try:
+                done[program] = both(program)
+            except AssertionError as error:
+                # Kept: a second attempt would fail for another reason, and hide this one.
+                done[program] = error
+        found = done[program]
+        if isinstance(found, AssertionError):
+            raise found
+        return found[arguments]
+
+    return pair
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +148,13 @@ def test_clip_and_adamw_recomputed_from_the_record_give_what_is_recorded(
         for step in (1, 2, 3):
             clipped = clip(trace, step, by_hand="hand" in command)
             for name in parameters(trace):
-                # One product, by a factor that is computed in float32 here too.
-                assert roundings(values(row(trace, Phase.CLIPPED_GRAD, step), name), clipped[name]) <= 1.01
+                # Sum with 1e-6, reciprocal, the limit's cast, product with it (torch has no division here), product.
+                assert roundings(values(row(trace, Phase.CLIPPED_GRAD, step), name), clipped[name]) <= 5
                 check_adamw(trace, step, name)
 
 
 def clip(trace: Trace, step: int, *, by_hand: bool) -> dict[str, Array]:
-    """What the program's clip makes of the recorded gradients, in float64 from the norm in float32."""
+    """What the program's clip makes of the recorded gradients and the recorded norm, in float64."""
     grads = {name: values(row(trace, Phase.GRAD, step), name) for name in parameters(trace)}
     if by_hand:
         return {
@@ -150,7 +163,7 @@ def clip(trace: Trace, step: int, *, by_hand: bool) -> dict[str, Array]:
     reported = values(row(trace, Phase.GRAD, step), "reported.grad_norm")
     norm = math.sqrt(sum(float(np.sum(grad**2)) for grad in grads.values()))
     assert float(reported) == pytest.approx(norm, rel=1e-6)
-    factor = float(np.float32(0.05) / (np.float32(reported) + np.float32(1e-6)))
+    factor = 0.05 / (float(reported) + 1e-6)
     assert factor < 1, "the test would not see a clip"
     return {name: grad * factor for name, grad in grads.items()}
 
@@ -191,6 +204,27 @@ def test_the_recorded_update_is_what_the_optimizer_makes_of_the_recorded_inputs_
         others = [(s, n) for s in (1, 2, 3) for n in parameters(trace) if not replays_exactly(trace, s, n, other=True)]
     assert differing == []
     assert others != []
+
+
+@pytest.mark.parametrize("command", [command for command in LOOPS if "hand" not in command])
+def test_the_recorded_clip_is_what_torch_makes_of_the_recorded_gradients_to_the_bit(
+    pairs: Callable[..., Pair], command: tuple[str, ...]
+) -> None:
+    import torch
+
+    _, _, path = pairs(*command)
+    with open_trace(path) as trace:
+        for step in (1, 2, 3):
+            grads, given = row(trace, Phase.GRAD, step), row(trace, Phase.CLIPPED_GRAD, step)
+            read = {name: grads.read(grads.layout.positions[name]).copy() for name in parameters(trace)}
+            held = {name: torch.nn.Parameter(torch.zeros(grad.shape)) for name, grad in read.items()}
+            for name, grad in read.items():
+                held[name].grad = torch.from_numpy(grad)
+            norm = torch.nn.utils.clip_grad_norm_(list(held.values()), 0.05)
+            assert norm.item() == values(grads, "reported.grad_norm")
+            for name, parameter in held.items():
+                recorded = given.read(given.layout.positions[name])
+                assert np.array_equal(parameter.grad.numpy().view("u4"), recorded.view("u4")), (step, name)
 
 
 def replays_exactly(trace: Trace, step: int, name: str, *, other: bool = False) -> bool:

@@ -27,7 +27,7 @@ from tracer.backends.mlx_events import (
     loss_arguments,
     micro_batch_event,
 )
-from tracer.backends.mlx_model import Snapshot, find, observe_trainer, snapshot
+from tracer.backends.mlx_model import Snapshot, find, observe_trainer, perturb, snapshot
 from tracer.backends.mlx_patch import Patches, cell_of, functions_with_code, inner_code
 from tracer.backends.mlx_step import Collector
 from tracer.recorder import Recorder
@@ -166,7 +166,14 @@ class Backend:
         import mlx.optimizers as optim
 
         model = model or self._model or (find(fun, nn.Module) if fun is not None else None)
+        self._perturb(model)
         return snapshot(model, trained or {}, find(fun, optim.Optimizer) if fun is not None else None)
+
+    def _perturb(self, model: Any) -> None:
+        """Make this run the twin that it is asked to be, once, before its first step is executed."""
+        twin = self._recorder.options.twin
+        if twin is not None and twin.seed is not None and model is not None and not self._collector.perturbed:
+            self._collector.perturbed = perturb(model, twin, self._recorder.names)
 
     def _called(self, start: Snapshot | None, result: Any, extra: Mapping[str, list[Array]]) -> None:
         for plan, values in extra.items():
@@ -333,6 +340,7 @@ class Backend:
             import mlx.nn as nn
 
             model = parameters if isinstance(parameters, nn.Module) else None
+            self._perturb(model)
             start = snapshot(model, parameters if model is None else None, optimizer)
         if start is not None and start.optimizer is None:
             start = dataclasses.replace(start, optimizer=optimizer, state=flatten(optimizer.state))

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tracer.backends.mlx_arrays import Array, Tree, array_record, dtype_name, flatten, plain_record, to_numpy
 from tracer.dtypes import is_float
 from tracer.names import NameMap, state_name
+from tracer.perturb import Perturbation, nudge
 from tracer.recorder import Recorder
 from tracer.schema import RNG_PREFIX, Phase, Record
 
@@ -49,6 +50,28 @@ def snapshot(model: Any, trained: Tree, optimizer: Any) -> Snapshot:
     trainable = parameters if model is None else flatten(model.trainable_parameters())
     state = {} if optimizer is None else flatten(optimizer.state)
     return Snapshot(model, parameters, frozenset(trainable), state, optimizer, rng_key())
+
+
+def perturb(model: Any, twin: Perturbation, names: NameMap) -> bool:
+    """Move a model's parameters by one rounding unit, in place; returns whether any was moved.
+
+    The model keeps its modules and containers, so that a step that is compiled with `model.state` as its input sees the
+    new arrays.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_unflatten
+
+    trained = flatten(model.trainable_parameters())
+    moved = []
+    for name, array in flatten(model.parameters()).items():
+        value = to_numpy(array) if is_float(dtype_name(array)) else None
+        if value is None or twin.seed is None or not twin.moves(trained=name in trained):
+            continue
+        new = mx.array(nudge(value, dtype_name(array), names(name).name, twin.seed))
+        moved.append((name, new.view(mx.bfloat16) if array.dtype == mx.bfloat16 else new))
+    model.update(tree_unflatten(moved))
+    mx.eval(model.parameters())
+    return bool(moved)
 
 
 def observe_trainer(

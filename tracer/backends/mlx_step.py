@@ -33,6 +33,8 @@ from tracer.schema import REPORTED_PREFIX, Phase, Record, State
 # A run that never updates through an optimizer must not fill the memory.
 MAX_MICRO_BATCHES: Final = 4096
 
+NOT_MOVED: Final = "this is to be a twin, and no model was found whose start could be moved"
+
 NOT_SEEN: Final = (
     "an optimizer update was compiled without `inputs=` and `outputs=`, or before recording began; "
     "its values cannot be seen"
@@ -67,6 +69,9 @@ class Collector:
         self._pending: list[_Seen] = []
         self._clips = 0
         self._begun = False
+        twin = recorder.options.twin
+        # Whether a twin's starting point has been moved; true where there is nothing to move.
+        self.perturbed = twin is None or twin.seed is None
 
     @property
     def pending(self) -> int:
@@ -115,6 +120,8 @@ class Collector:
         if self._begun:
             return
         self._begun = True
+        if not self.perturbed:
+            self.recorder.stop(NOT_MOVED)
         if self.start is not None:
             add_init(self.recorder, self.start)
         self.start = None

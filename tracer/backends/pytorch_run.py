@@ -4,7 +4,7 @@ A step is one update of the model.  It begins with the first training forward af
 update; where several optimizers share the work it ends with the last of them that has gradients to apply.  Step 0 is
 taken at the first training forward, before any update.
 
-Invariants: no method changes a tensor, a generator or a graph; models and optimizers are referred to weakly or for the
+Invariants: no method changes a tensor (a twin's starting point aside), a generator or a graph; models and optimizers are referred to weakly or for the
 length of a step; methods may raise (their callers run them under the recorder's guard).
 """
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tracer.backends.pytorch_batch import batch_records, named_arguments, with_targets
 from tracer.backends.pytorch_model import initial_records, model_facts, trainable
 from tracer.backends.pytorch_optimizer import bias_correction, groups_of, merged, step_records, take_state
+from tracer.backends.pytorch_perturb import perturb
 from tracer.backends.pytorch_registry import Registry
 from tracer.backends.pytorch_step import Step
 from tracer.backends.pytorch_tensors import Taken, numpy_rng_record, rng_records, take, unrecorded
@@ -63,8 +64,18 @@ class Run:
         self._idle_update = False
         self._backwards_in_update = 0
         self._backward_under_way = False
+        self._perturbed = recorder.options.twin is None
 
     # The start.
+
+    def _perturb(self) -> None:
+        """Make this run the twin that it is asked to be, once, as soon as its models are known."""
+        twin = self.recorder.options.twin
+        if self._perturbed or twin is None or not self.registry.live():
+            return
+        self._perturbed = True
+        if twin.seed is not None and not perturb(self.registry, twin, self.recorder.names):
+            self.recorder.stop("this is to be a twin, and no parameter was found whose start could be moved")
 
     def _start(self) -> None:
         """Record step 0, once: the state before the first update."""
@@ -72,6 +83,7 @@ class Run:
             return
         import torch
 
+        self._perturb()
         self.registry.settled = True
         recorder, names = self.recorder, self.recorder.names
         if recorder.wants(Phase.INIT):
@@ -98,6 +110,7 @@ class Run:
     def forward(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A root module is called with gradients enabled."""
         self.registry.called(module)
+        self._perturb()
         if self._step.stepped and not self._backward_under_way:
             self._end_step()
         # torch.compile's wrapper keeps the mode that the module had when it was wrapped.

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -22,7 +22,9 @@ from typing import Any, Final
 import click
 
 from tracer.cli.options import Phases, narrowing
+from tracer.cli.twin import Kinds, TwinOptions, record_twins
 from tracer.errors import BadUsage, NotFound, NothingRecorded
+from tracer.perturb import Perturbation
 from tracer.recorder import DEFAULT_PHASES, recording
 
 _PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
@@ -47,6 +49,22 @@ _PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
 @click.option(
     "--batches-from", type=click.Path(path_type=Path), metavar="TRACE", help="With --path: train on its batches."
 )
+@click.option(
+    "--twin", is_flag=True, help="Run again from a start one rounding unit away, into FILE.twin: the noise floor."
+)
+@click.option(
+    "--twin-by",
+    type=Kinds(),
+    multiple=True,
+    metavar="KIND",
+    help="What the twin changes: rounding (default), threads, eager (repeatable, or with commas).",
+)
+@click.option("--twins", type=click.IntRange(1), metavar="N", help="Make N rounding twins, each with its own seed.")
+@click.option("--perturb-base", is_flag=True, help="Rounding twins move the frozen weights too.")
+@click.option("--as-twin", metavar="KIND", hidden=True, help="This run is the twin of another.")
+@click.option(
+    "--perturb", type=click.IntRange(0), metavar="SEED", hidden=True, help="Move the start by one rounding unit."
+)
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
 def record(output: Path, path_name: str | None, program: tuple[str, ...], **options: Any) -> int:
     """Run a training program and record every optimizer step into FILE.
@@ -55,25 +73,60 @@ def record(output: Path, path_name: str | None, program: tuple[str, ...], **opti
     trace record -o run.h5 -- python train.py --lr 1e-4
     trace record -o run.h5 -- -m mlx_lm lora --config lora.yaml
     trace record -o run.h5 --path mlx-lm --config run.toml
+    trace record --twin -o run.h5 -- python train.py
 
     The program is not changed, and neither is a bit of what it computes.  Ends with the program's exit code, or 2 if it made
     no optimizer step that could be seen.
     """
+    twins = _twin_options(options)
     path_only = {name: options.pop(name) for name in ("config", "model", "settings", "init_from", "batches_from")}
     if path_name is not None:
         if program:
             raise BadUsage("--path and a program were given", "one of them")
         program = ("-m", "scenarios.run", path_name, *_path_arguments(path_only))
-        return _in_process_of_its_own(sys.executable, output, options, program)
+        return _in_processes(sys.executable, output, options, program, twins)
     given = [f"--{name.replace('_', '-')}" for name, value in path_only.items() if value]
     if given:
         raise BadUsage(f"{', '.join(given)} needs --path", "a program of your own reads its own settings")
     if not program:
         raise BadUsage("no program was given", "trace record -o run.h5 -- python train.py")
     python, program = _split_interpreter(program)
-    if python is not None and Path(python).parent != Path(sys.executable).parent:
-        return _in_process_of_its_own(python, output, options, program)
+    elsewhere = python is not None and Path(python).parent != Path(sys.executable).parent
+    if elsewhere or twins is not None:
+        interpreter = python if elsewhere and python is not None else sys.executable
+        return _in_processes(interpreter, output, options, program, twins)
     return _record_here(output, options, program)
+
+
+def _twin_options(options: dict[str, Any]) -> TwinOptions | None:
+    """Take the options about twins out of `options` and leave there what a run of its own is told: `twin`."""
+    asked, kinds, count = options.pop("twin"), options.pop("twin_by"), options.pop("twins")
+    base, seed, by = options.pop("perturb_base"), options.pop("perturb"), options.pop("as_twin")
+    options["twin"] = None
+    if by is not None or seed is not None:
+        options["twin"] = Perturbation(by or "rounding", seed, base)
+        return None
+    if base and not (asked or kinds or count):
+        raise BadUsage("--perturb-base needs --twin", "a run of your own is never changed")
+    if not (asked or kinds or count):
+        return None
+    named = tuple(kind for group in kinds for kind in group)
+    if not named or (count and "rounding" not in named):
+        named = ("rounding", *named)
+    return TwinOptions(named, count or 1, base)
+
+
+def _in_processes(
+    python: str, output: Path, options: dict[str, Any], program: tuple[str, ...], twins: TwinOptions | None
+) -> int:
+    """Record in a process of its own, and the twins each in another."""
+
+    def run(trace: Path, twin: Perturbation | None, environment: Mapping[str, str]) -> int:
+        return _in_process_of_its_own(python, trace, {**options, "twin": twin}, program, environment)
+
+    if twins is None:
+        return run(output, options["twin"], {})
+    return record_twins(output, twins, run, force=options["force"])
 
 
 def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]) -> int:
@@ -89,6 +142,7 @@ def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]
             names=_user_names(),
             overwrite=options["force"],
             durable=options["durable"],
+            twin=options["twin"],
         ) as recorder:
             code = _exit_code(start)
             sys.stdout.flush()
@@ -133,8 +187,10 @@ def _path_arguments(options: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def _in_process_of_its_own(python: str, output: Path, options: dict[str, Any], program: tuple[str, ...]) -> int:
-    """The same command under another interpreter, or just in another process."""
+def _in_process_of_its_own(
+    python: str, output: Path, options: dict[str, Any], program: tuple[str, ...], environment: Mapping[str, str]
+) -> int:
+    """The same command under another interpreter, or just in another process; `environment` is added to ours."""
     command = [python, "-m", "tracer", "record", "-o", str(output)]
     if options["what"]:
         command += ["--what", ",".join(phase.label for phase in sorted(options["what"]))]
@@ -144,9 +200,13 @@ def _in_process_of_its_own(python: str, output: Path, options: dict[str, Any], p
         for glob in options[name]:
             command += [f"--{name}", glob]
     command += [f"--{flag}" for flag in ("force", "durable", "fingerprint") if options[flag]]
+    twin: Perturbation | None = options["twin"]
+    if twin is not None:
+        command += ["--as-twin", twin.by, *(["--perturb", str(twin.seed)] if twin.seed is not None else [])]
+        command += ["--perturb-base"] * twin.base
     if python != sys.executable and subprocess.run([python, "-c", "import tracer"], capture_output=True).returncode:
         raise BadUsage(f"{python} cannot import the recorder", f"{python} -m pip install steptrace")
-    return _shell_code(subprocess.run([*command, "--", *program]).returncode)
+    return _shell_code(subprocess.run([*command, "--", *program], env={**os.environ, **environment}).returncode)
 
 
 def _shell_code(code: int) -> int:

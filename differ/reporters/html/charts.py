@@ -76,9 +76,7 @@ def strip_ticks(series: Series) -> list[Tick]:
     """Steps under a strip, each in the middle of its column."""
     total = len(series.columns)
     every = max(1, math.ceil(total / 8))
-    return [
-        Tick(100 * (i + 0.5) / total, str(first)) for i, (first, _) in enumerate(series.columns) if i % every == 0
-    ]
+    return [Tick(100 * (i + 0.5) / total, str(first)) for i, (first, _) in enumerate(series.columns) if i % every == 0]
 
 
 def draw(curve: Curve, steps: Sequence[int]) -> Drawing:

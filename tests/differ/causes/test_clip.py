@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.builders import F32
-from tests.differ.causes.plant import A, B, causes, edited, ids, mirrored, scaled, with_data
+from tests.differ.causes.plant import A, B, Edit, causes, edited, ids, mirrored, scaled, with_data
 from tests.differ.conftest import Compare
-from tracer.schema import Phase, Record, Row
+from tracer.schema import Phase, Row
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_the_names_are_the_tensors_that_the_clip_changes(compare: Compare) -> No
 def test_a_clip_that_sets_in_late_has_the_step_of_the_first_gradient_beyond_it(at: int, compare: Compare) -> None:
     burst = {"tamper": scaled(50.0, at=(at,), names="layers.1.self_attn.q_proj.lora_B")}
 
-    result = compare(b={"clip": "value", "clip_value": 1.0}, **burst)
+    result = compare(b={"clip": "value", "clip_value": 2.0}, **burst)
 
     (cause,) = causes(result, "clip.value")
     assert (cause.step, cause.names) == (at, (B[1],))
@@ -121,9 +121,6 @@ def test_clipping_by_no_known_rule_is_not_called_a_clip(compare: Compare) -> Non
 
 
 def test_a_factor_between_gradient_and_optimizer_is_a_scale(compare: Compare) -> None:
-    def double(one: Record) -> Record:
-        return with_data(one, one.data * F32(2)) if one.data is not None else one
-
     kept: dict[str, np.ndarray] = {}
 
     def edit(row: Row) -> Row | None:
@@ -141,7 +138,7 @@ def test_a_factor_between_gradient_and_optimizer_is_a_scale(compare: Compare) ->
     assert cause.parameters["factor"] == 2.0
 
 
-def _shards(limit: float, sets: tuple[tuple[str, ...], ...]):
+def _shards(limit: float, sets: tuple[tuple[str, ...], ...]) -> Edit:
     """Clip each set of tensors by its own norm, in what is recorded."""
     gradients: dict[str, np.ndarray] = {}
 

@@ -1,0 +1,76 @@
+"""Tolerances are what was measured, times a factor, rounded up, in the file that the diff reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from scenarios.calibrate import Fit, Point, fit, rewrite, round_up
+
+TEXT = """\
+# About the file.
+
+[exact]
+hparams = 1e-6
+
+[loss.float32]
+base = 1
+per_input = 1
+bound = 1e-2
+
+[grad.float32]
+base = 1
+per_input = 1
+bound = 1e-2
+
+[eval.float32]
+base = 1
+per_input = 1
+bound = 1e-2
+"""
+HEADER = ["# Measured: by hand", "#   twice", "# (end of what was measured)"]
+FIT = Fit(8e-6, 20.0, 2e-6, 5.0, 100)
+
+
+@pytest.mark.parametrize(
+    ("value", "rounded"), [(1.36e-5, 2e-5), (2e-5, 2e-5), (9.1, 10.0), (0.1, 0.1), (0.0, 0.0), (3.0000001, 4.0)]
+)
+def test_numbers_are_rounded_up_to_one_digit(value: float, rounded: float) -> None:
+    assert round_up(value) == rounded
+
+
+def test_the_base_is_fitted_where_inputs_agree_and_the_slope_elsewhere() -> None:
+    found = fit([Point(1e-6, 0.0), Point(2e-6, 0.0), Point(5.2e-5, 1e-5)], safety=4.0, bound=1e-2)
+    assert (found.base, found.per_input) == (8e-6, 20.0)
+
+
+def test_every_point_passes_with_the_factor_to_spare() -> None:
+    points = [Point(1e-6, 0.0), Point(3e-5, 2e-6), Point(9e-4, 1e-3), Point(2e-6, 1e-7)]
+    found = fit(points, safety=4.0, bound=1e-2)
+    assert found.per_input is not None
+    assert all(4.0 * point.observed <= found.base + found.per_input * point.distance for point in points)
+
+
+def test_points_that_nobody_judges_are_left_out() -> None:
+    found = fit([Point(1e-6, 0.0), Point(0.9, 1e-9), Point(0.1, 1.0)], safety=4.0, bound=1e-2)
+    assert (found.base, found.per_input) == (4e-6, 0.0)
+
+
+def test_a_flat_fit_covers_every_point_by_its_base() -> None:
+    found = fit([Point(1e-6, 0.0), Point(0.01, 1e-5)], safety=4.0, bound=1e-2, flat=True)
+    assert (found.base, found.per_input) == (0.04, None)
+
+
+def test_only_measured_tables_change_and_an_evaluation_is_a_loss() -> None:
+    text = rewrite(TEXT, {("loss", "float32"): FIT}, HEADER)
+    assert text.count("base = 8e-06  # measured 2.0e-06") == 2
+    assert text.count("per_input = 20  # measured 5.0e+00") == 2
+    grad = text[text.index("[grad.float32]") : text.index("[eval.float32]")]
+    assert "base = 1\nper_input = 1\nbound = 1e-2" in grad
+    assert text.count("bound = 1e-2") == 3
+    assert "hparams = 1e-6" in text
+
+
+def test_writing_twice_is_writing_once() -> None:
+    once = rewrite(TEXT, {("loss", "float32"): FIT}, HEADER)
+    assert rewrite(once, {("loss", "float32"): FIT}, HEADER) == once
+    assert once.index("# Measured: by hand") < once.index("[exact]")
