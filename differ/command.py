@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from differ.completion import complete_phases
 from differ.publish import Destination, DestinationType, check, publish_github, write_reports
 from differ.reporters import FORMATS, Style, draws_series, reporter
 from differ.result import DiffResult
@@ -35,7 +36,9 @@ from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceErro
 @click.option(
     "--steps", metavar="A:B", help="Compare steps A to B only; `3` is one step, `:5` up to 5. Step 0 is init."
 )
-@click.option("--phases", metavar="LIST", help="Report only these phases, separated by commas.")
+@click.option(
+    "--phases", metavar="LIST", shell_complete=complete_phases, help="Report only these phases, separated by commas."
+)
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True, help="Kind of report.")
 @click.option(
     "--report",

@@ -73,8 +73,6 @@ class _Engine:
         """Walk through the steps and put the result together."""
         self._note_phases()
         note_fingerprints(self.session)
-        for about, summary in self.session.noise.remarks() if self.session.noise is not None else ():
-            self.tally.note(Cause(about, summary))
         end = self._common_end()
         for step in sorted({*self.a.steps, *self.b.steps}):
             if not self.options.wants_step(step):
@@ -143,6 +141,8 @@ class _Engine:
                 self.tally.note(Cause("unfinished", summary, side=side, step=trace.last_step))
 
     def _result(self) -> DiffResult:
+        for about, summary in self.session.noise.remarks() if self.session.noise is not None else ():
+            self.tally.note(Cause(about, summary))
         findings = self.tally.ordered()
         first = findings[0] if findings else None
         verdict = Verdict.DIVERGED if findings else Verdict.SAME

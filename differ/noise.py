@@ -7,8 +7,8 @@
                             so that a name which came out near by luck is not judged by its luck
     envelope                max(own, family): never falls with the step
 
-A noise file that is no twin of either side is refused, by its data: it must start within rounding of that side, train on
-the same batches and with the same settings.  Read in step with the comparison, one record of each file in memory at a time.
+Which side a file is a twin of is decided in differ.twins.  Read in step with the comparison, one record of each file in memory
+at a time.
 """
 
 from __future__ import annotations
@@ -21,23 +21,15 @@ from typing import Final
 import numpy as np
 
 from differ.align import Row, Rows
-from differ.estimate import is_trainable, row_distance
-from differ.inputs import LORA_A, LORA_B, LORA_SCALE, InputDistance, Inputs, parameters_before
-from differ.runs import label, model_dtype
+from differ.estimate import row_distance
+from differ.inputs import LORA_A, LORA_B, InputDistance, Inputs, parameters_before
+from differ.twins import TwinOf, other_course, sides_of
 from tracer.dtypes import EPSILON
-from tracer.errors import BadUsage
-from tracer.reader import Trace
-from tracer.schema import RNG_PREFIX, Phase, State
-from tracer.sketch import FLOOR
+from tracer.schema import Phase, State
 
 # Tensors smaller than this share of the phase's norm hold noise only.
 NOISE_SHARE: Final = 1e-6
 LOSS_FLOOR: Final = 1.0
-# A twin starts this many rounding units away at most; a frozen weight is known by its norm only.
-ROUNDING_UNITS: Final = 4.0
-FROZEN_NORM: Final = 2e-2
-# What the twin is, and how it was computed: these may differ between a twin and its run.
-_FREE: Final = ("twin", "compiled", "framework.version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +100,24 @@ class NoiseFloor:
         """Id and sentence of what is to be said about the noise files: those that measure nothing, or end early."""
         for twin in self._twins:
             name = twin.rows.trace.path.name
-            if twin.silent:
-                yield (
-                    "noise.silent",
-                    f"{name} is the same to the bit as the run that it is a twin of: it measures no noise",
-                )
-            elif twin.rows.trace.last_step < max(side.trace.last_step for side in twin.sides):
-                yield (
-                    "noise.short",
-                    f"{name} ends after step {twin.rows.trace.last_step}; its last floor holds from there on",
-                )
+            last = twin.rows.trace.last_step
+            if twin.unused:
+                yield "noise.unused", f"{name} is not used as noise: {twin.unused}"
+            elif twin.silent:
+                yield "noise.silent", f"{name} is the same to the bit as its run: it measures no noise"
+            elif last < max(side.trace.last_step for side in twin.sides):
+                yield "noise.short", f"{name} ends after step {last}; its last floor holds from there on"
 
 
 class _Twin:
-    """One noise file and the side, or both sides, that it is a twin of."""
+    """One noise file and what it is a twin of; `unused` says why it is none, or none from some step on."""
 
-    def __init__(self, rows: Rows, sides: tuple[Rows, ...], quantile: float) -> None:
+    def __init__(self, rows: Rows, twin_of: TwinOf, quantile: float) -> None:
         self.rows = rows
-        self.sides = sides
+        self.sides = twin_of.sides
+        self.unused = twin_of.reason
         self._quantile = quantile
-        self._inputs = [Inputs(rows, side) for side in sides]
+        self._inputs = [Inputs(rows, side) for side in self.sides]
         self._floors: dict[tuple[Phase, int], Floor | None] = {}
         self._envelopes: dict[Phase, Envelope] = {}
         self._moved: dict[int, InputDistance] = {0: InputDistance(0.0, {})}
@@ -147,7 +137,10 @@ class _Twin:
         return self._floors.get((phase, step))
 
     def _next(self, phase: Phase, step: int) -> Floor | None:
-        check_same_course(self.rows, self.sides, step)
+        reasons = (other_course(self.rows, side, step) for side in self.sides)
+        self.unused = self.unused or next(filter(None, reasons), "")
+        if self.unused:
+            return None
         envelope = self._envelopes.setdefault(phase, Envelope(self._quantile))
         envelope.grow(self._distances(phase, step))
         level, inputs = envelope.level(), self._inputs_before(step + 1 if phase is Phase.EVAL else step)
@@ -156,7 +149,7 @@ class _Twin:
 
     def _distances(self, phase: Phase, step: int) -> dict[str, float]:
         """Distance of every record of a step; from the nearer side where it is a twin of both."""
-        found = [_row_distances(self.rows, side, phase, step) for side in self.sides]
+        found = [row_distances(self.rows, side, phase, step) for side in self.sides]
         return {name: min(each[name] for each in found) for name in found[0] if all(name in each for each in found)}
 
     def _inputs_before(self, step: int) -> InputDistance:
@@ -177,7 +170,8 @@ def _seals(rows: Rows, phase: Phase) -> list[tuple[int, int, bytes]]:
     return [(row.step, row.micro_batch, row.seal) for row in rows.trace.rows(phase)]
 
 
-def _row_distances(twin: Rows, side: Rows, phase: Phase, step: int) -> dict[str, float]:
+def row_distances(twin: Rows, side: Rows, phase: Phase, step: int) -> dict[str, float]:
+    """Distance of every float record of a phase at a step, by name; the largest over its micro-batches."""
     found: dict[str, float] = {}
     for micro_batch in twin.trace.micro_batches(phase, step):
         a, b = twin.get(phase, step, micro_batch), side.get(phase, step, micro_batch)
@@ -204,87 +198,3 @@ def _distance(a: Row, b: Row, name: str, floor: float) -> float:
         return 0.0
     error = measured.rel_l2(floor)
     return error if not math.isnan(error) else math.inf
-
-
-# Which side a noise file belongs to.
-
-
-def sides_of(twin: Rows, a: Rows, b: Rows) -> tuple[Rows, ...]:
-    """The side that a noise file is a twin of; both where nothing tells them apart.  Raises BadUsage if it is none's."""
-    reasons = {side: why_no_twin(twin, rows) for side, rows in (("a", a), ("b", b))}
-    fitting = [rows for side, rows in (("a", a), ("b", b)) if not reasons[side]]
-    if not fitting:
-        said = "; ".join(f"of {side}: {reason}" for side, reason in reasons.items())
-        raise BadUsage(f"{twin.trace.path} is a twin of neither side ({said})", "record it with `trace record --twin`")
-    near = {id(rows): (_other_settings(twin.trace, rows.trace), _start_distance(twin, rows)) for rows in fitting}
-    best = min(near.values())
-    return tuple(rows for rows in fitting if near[id(rows)] == best)
-
-
-def why_no_twin(twin: Rows, side: Rows) -> str:
-    """Why a noise file cannot be a twin of a run, an empty string if it can."""
-    if label(twin.trace) != label(side.trace) and not {twin.trace.path.stem, side.trace.path.stem} & {
-        label(twin.trace),
-        label(side.trace),
-    }:
-        return f"it is a run of {label(twin.trace)}, not of {label(side.trace)}"
-    if model_dtype(twin.trace) != model_dtype(side.trace):
-        return f"its model is {model_dtype(twin.trace)}, not {model_dtype(side.trace)}"
-    mine, theirs = twin.get(Phase.INIT, 0), side.get(Phase.INIT, 0)
-    if mine is None or theirs is None:
-        return "the state before training was not recorded"
-    return _other_start(mine, theirs)
-
-
-def _other_start(mine: Row, theirs: Row) -> str:
-    if {n for n in mine.positions if is_trainable(mine, n)} != {n for n in theirs.positions if is_trainable(theirs, n)}:
-        return "other parameters are trained"
-    for name in mine.positions:
-        if name.startswith(RNG_PREFIX) or name not in theirs.positions or _same(mine, theirs, name):
-            continue
-        if name.endswith(LORA_SCALE) or mine.shape(name) != theirs.shape(name):
-            return f"{name} is another one"
-        if is_trainable(mine, name):
-            measured = row_distance(mine, theirs, name)
-            units = ROUNDING_UNITS * EPSILON.get(mine.entry(name).dtype, 0.0)
-            if measured is None or not measured.rel_l2() <= max(units, FLOOR):
-                return f"{name} starts further away than by rounding"
-        elif abs(mine.l2(name) - theirs.l2(name)) > FROZEN_NORM * max(mine.l2(name), theirs.l2(name)):
-            return f"{name} is another weight"
-    return ""
-
-
-def _same(a: Row, b: Row, name: str) -> bool:
-    return bool(a.digest(name)) and a.digest(name) == b.digest(name)
-
-
-def check_same_course(twin: Rows, sides: Sequence[Rows], step: int) -> None:
-    """Raise BadUsage where a twin was fed another batch, or trained with other settings, than its run."""
-    for side in sides:
-        for phase in (Phase.HPARAMS, Phase.BATCH):
-            for micro_batch in twin.trace.micro_batches(phase, step):
-                mine, theirs = twin.get(phase, step, micro_batch), side.get(phase, step, micro_batch)
-                if mine is None or theirs is None or mine.view.seal == theirs.view.seal:
-                    continue
-                shared = [n for n in mine.positions if n in theirs.positions and not n.startswith(RNG_PREFIX)]
-                other = next((name for name in shared if not _same(mine, theirs, name)), None)
-                if other is not None:
-                    raise BadUsage(
-                        f"{twin.trace.path} is no twin of {side.trace.path}: {phase.label} {other} differs at step {step}",
-                        "a twin is the same run, moved by rounding only",
-                    )
-
-
-def _other_settings(twin: Trace, side: Trace) -> int:
-    """How many settings differ that a twin shares with its run."""
-    count = 0
-    for mine, theirs in ((twin.declared, side.declared), (twin.observed, side.observed)):
-        keys = {key for key in (*mine, *theirs) if not key.startswith(_FREE)}
-        count += sum(mine.get(key) != theirs.get(key) for key in keys)
-    return count
-
-
-def _start_distance(twin: Rows, side: Rows) -> float:
-    """Distance between the starting points, all trained parameters together."""
-    start = Inputs(twin, side).before(1)
-    return math.inf if start is None else math.hypot(*start.own.values()) if start.own else 0.0

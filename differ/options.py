@@ -37,7 +37,8 @@ class DiffOptions:
     `rules` rename the records of both sides (`trace diff --map`).  `only` and `omit` are globs on names, `steps` an
     inclusive range, `phases` a choice: what they leave out is neither judged nor counted, but it is still read where
     a replay or a distance between inputs needs it.  `probe` is called with every judged record, for calibration.
-    `noise`: twins of either side, whose distance from it is the noise floor.  `series` asks for what the drawn reports need (`DiffResult.series`); it never changes the verdict.
+    `noise`: twins of either side, whose distance from it is the noise floor.
+    `series` asks for what the drawn reports need (`DiffResult.series`); it never changes the verdict.
     """
 
     policy: Policy = field(default_factory=default_policy)

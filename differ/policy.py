@@ -169,7 +169,8 @@ def _parse(document: Mapping[str, Any], under: Policy, origin: str) -> Policy:
                     tables[section, dtype] = _over(known, _numbers(values, _FIELDS, where), explicit=False)
         else:
             raise BadConfig(
-                f"{origin}: unknown section [{section}]", f"use exact, noise, replay, rule or one of {sorted(phases)}"
+                f"{origin}: unknown section [{section}]",
+                f"use exact, noise, replay, rule or one of {sorted(phases)}",
             )
     return Policy(tables, replays, exact, tuple(rules), under.file, noise)
 

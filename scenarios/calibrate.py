@@ -1,16 +1,15 @@
 """`python -m scenarios.calibrate`: measure the default tolerances of `trace diff` and write them into differ/defaults.toml.
 
 Pairs of runs that ought to be the same, PyTorch against MLX from shared adapters and batches, over models, seeds and
-learning rates, are recorded per dtype and compared record by record:
+learning rates, are recorded per dtype and compared record by record.  Each record is a point: its relative error, and
+the distance between the two sides' inputs.  The tolerance is the tightest line over all points,
 
-    base        safety * largest relative error where the two sides' inputs agree to the bit
-    per_input   safety * largest (relative error - that maximum) / distance of the inputs, elsewhere
+    base + per_input * distance      least mean logarithm among the edges of their upper hull
 
-both rounded up to one digit.  Parameters are the exception: a normalising optimizer turns the noise of a gradient into
-parameter noise however close its inputs were, so their base covers every point and `per_input` is not measured.
-A point whose tolerance would be 1 or more, or whose inputs are further apart than the phase's `bound`, is judged by
-nobody and is left out.  `bound` and the [replay] and [exact] tables follow from the formats and are not touched; the
-worst replay margin is written into the header as a check on them.
+times a safety factor, rounded up to one digit.  Parameters get a base only: a normalising optimizer turns the noise of a
+gradient into parameter noise however close its inputs were.  A point whose tolerance would be 1 or more, or whose inputs
+are further apart than the phase's `bound`, is judged by nobody and is left out.  `bound` and the [replay] and [exact]
+tables follow from the formats and are not touched; the worst replay margin is written into the header as a check on them.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 import click
+import numpy as np
 
 from differ import DiffOptions, diff
 from differ.align import Rows
@@ -176,14 +176,44 @@ def across(a: Trace, b: Trace) -> Iterator[tuple[Phase, Point]]:
 
 def fit(points: Iterable[Point], safety: float, bound: float, *, flat: bool = False) -> Fit:
     """Tolerance that every point passes by the safety factor; `flat`: whatever the distance of its inputs."""
-    inside = [point for point in points if point.distance <= bound]
-    if flat:
-        most = max((point.observed for point in inside), default=0.0)
-        return Fit(min(1.0, round_up(safety * most)), None, most, 0.0, len(inside))
-    base = max((point.observed for point in inside if point.distance == 0.0), default=0.0)
-    apart = [point for point in inside if point.distance > 0.0 and point.observed < 1.0 / safety]
-    slope = max([0.0, *((point.observed - base) / point.distance for point in apart)])
-    return Fit(round_up(safety * base), round_up(safety * slope), base, slope, len(inside))
+    inside = [point for point in points if point.distance <= bound and point.observed * safety < 1.0]
+    base, slope = tightest_line([replace(p, distance=0.0) for p in inside] if flat else inside)
+    return Fit(round_up(safety * base), None if flat else round_up(safety * slope), base, slope, len(inside))
+
+
+def tightest_line(points: Sequence[Point]) -> tuple[float, float]:
+    """(base, slope), neither negative, of the line over all points with the least mean logarithm; (0, 0) without any."""
+    hull = _upper_hull(points)
+    if not hull:
+        return 0.0, 0.0
+    lines = [(max(point.observed for point in hull), 0.0)]
+    for left, right in itertools.pairwise(hull):
+        slope = (right.observed - left.observed) / (right.distance - left.distance)
+        lines.append((left.observed - slope * left.distance, slope))
+    usable = [(base, slope) for base, slope in lines if base > 0.0 and slope >= 0.0]
+    distances = np.array([point.distance for point in points])
+    return min(usable, key=lambda line: float(np.log(line[0] + line[1] * distances).mean()), default=(0.0, 0.0))
+
+
+def _upper_hull(points: Sequence[Point]) -> list[Point]:
+    """Corners of the upper convex hull by distance, one point a distance."""
+    highest: dict[float, Point] = {}
+    for point in points:
+        if point.observed >= highest.get(point.distance, point).observed:
+            highest[point.distance] = point
+    hull: list[Point] = []
+    for point in sorted(highest.values(), key=lambda p: p.distance):
+        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _turns_up(a: Point, b: Point, c: Point) -> bool:
+    """Whether b is not above the line from a to c."""
+    return (b.observed - a.observed) * (c.distance - a.distance) <= (c.observed - a.observed) * (
+        b.distance - a.distance
+    )
 
 
 def round_up(value: float) -> float:

@@ -39,8 +39,8 @@ with h5py.File("run.h5") as file:
     layout = file["grad/0"]                             # the first layout of a phase
     row = int(np.flatnonzero(layout["rows"]["step"] == steps[-1])[0])
     for entry in layout["index"]:
-        if not entry["dataset"]:
-            continue                                    # digest only, or a reference (`alias_of`)
+        if entry["dataset"] in (b"", b"sketch"):
+            continue                                    # digest only, a reference (`alias_of`), or a projection
         shape = [int(n) for n in entry["shape"].decode().split(",") if n]
         start, count = int(entry["offset"]), int(np.prod(shape))
         values = layout[entry["dataset"].decode()][row, start : start + count].reshape(shape)
@@ -60,11 +60,11 @@ All are xxh3_128 (16 bytes): they find damage, they do not resist forgery.
   the state is `none` or `unrecorded`.
 - `digest` of a layout: of the JSON text `[phase, [[field, ...] of every index entry]]`.
 - `seal` of a row: of the layout's digest, the text `phase step micro_batch ` (a blank after each), the states, the digests.
-- `seal` of a commit: of the previous commit's seal (nothing for the first), the text `step `, and the seals of its rows in the order
-  of phase and micro-batch.
+- `seal` of a commit: of the previous commit's seal (nothing for the first), the text `step `, and the seals of its rows in the
+  order of phase and micro-batch.
 
-So two rows with equal seals hold the same bits, and nothing can be lost without a seal that no longer fits. `trace check` verifies
-all of it.
+So two rows with equal seals hold the same bits, and nothing can be lost without a seal that no longer fits. `trace check`
+verifies all of it.
 
 ## What a crash leaves
 
@@ -92,7 +92,10 @@ def page() -> str:
         _table(
             "## Phases, in causal order",
             ("number", "phase", "rows"),
-            [(str(int(p)), f"`{p.label}`", "one per micro-batch" if p.per_micro_batch else "one per step") for p in Phase],
+            [
+                (str(int(p)), f"`{p.label}`", "one per micro-batch" if p.per_micro_batch else "one per step")
+                for p in Phase
+            ],
         )
     )
     parts.append(_table("## States", ("code", "state"), [(str(int(s)), f"`{s.label}`") for s in State]))

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
 
-from differ.causes.batches import IDS, LABELS, MASK, POSITIONS, TOKENS, batch, batch_steps, counts_follow, lines
+from differ.causes.batches import INPUT_IDS, LABELS, MASK, POSITIONS, TOKENS, batch, batch_steps, counts_follow, lines
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, explained_share
 from differ.causes.words import count
@@ -34,7 +34,7 @@ def find(context: Context) -> list[Cause]:
     """One cause, at the first step whose batches differ."""
     for step, found in batch_steps(context):
         names = {f.name for f in found}
-        if names & {IDS, None}:
+        if names & {INPUT_IDS, None}:
             return _at(context, step, names)
     return []
 
@@ -46,7 +46,7 @@ def _at(context: Context, step: int, found: set[str | None]) -> list[Cause]:
     scope, share, rows = _scope(context, step, a, b)
     if share < SHOWN:
         return []
-    names = {IDS, LABELS, MASK, POSITIONS} & {name for name in found if name is not None}
+    names = {INPUT_IDS, LABELS, MASK, POSITIONS} & {name for name in found if name is not None}
     if TOKENS in found and counts_follow(context, step):
         names.add(TOKENS)
     parameters: dict[str, Any] = {"scope": scope, "rows": rows}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from differ.causes.batches import IDS, LABELS, MASK, POSITIONS, Batch, Line, batch_steps, first_ids, lines, pairs
+from differ.causes.batches import INPUT_IDS, LABELS, MASK, POSITIONS, Batch, Line, batch_steps, first_ids, lines, pairs
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, explained_share
 from differ.causes.words import count
@@ -27,7 +27,7 @@ def find(context: Context) -> list[Cause]:
     causes = []
     for step, found in batch_steps(context):
         names = {f.name for f in found}
-        if IDS in names:
+        if INPUT_IDS in names:
             causes += _at(context, step, names)
     return causes
 
@@ -48,7 +48,7 @@ def _at(context: Context, step: int, found: set[str | None]) -> list[Cause]:
     share = explained_share(differ, left)
     if share < SHOWN or not (words["a"].get("padded") or words["b"].get("padded")):
         return []
-    names = sorted({IDS, LABELS, MASK, POSITIONS} & {name for name in found if name is not None})
+    names = sorted({INPUT_IDS, LABELS, MASK, POSITIONS} & {name for name in found if name is not None})
     parameters = {f"{key}_{side}": words[side].get(key) for side in "ab" for key in ("width", "where", "id")}
     summary = _sentence(words["a"], words["b"])
     return [Cause(ID, summary, None, step, Phase.BATCH.label, tuple(names), parameters, share)]

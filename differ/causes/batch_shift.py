@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from differ.causes.batches import IDS, LABELS, MASK, POSITIONS, TOKENS, Ints, batch, batch_steps, counts_follow
+from differ.causes.batches import INPUT_IDS, LABELS, MASK, POSITIONS, TOKENS, Ints, batch, batch_steps, counts_follow
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
 from differ.causes.words import count
@@ -31,7 +31,7 @@ def find(context: Context) -> list[Cause]:
     causes = []
     for step, found in batch_steps(context):
         names = {f.name for f in found}
-        for name in (IDS, LABELS):
+        for name in (INPUT_IDS, LABELS):
             fitted = _fit(context, step, name) if name in names else None
             if fitted is not None:
                 causes.append(_cause(context, step, name, fitted[0], fitted[1], names))
@@ -56,7 +56,7 @@ def _sides(context: Context, step: int, name: str) -> list[tuple[Ints, Ints]]:
     found = []
     for micro_batch in context.micro_batches(Phase.BATCH, step):
         both = [batch(context, side, step, micro_batch) for side in "ab"]
-        a, b = (None if side is None else side.ids if name == IDS else side.labels for side in both)
+        a, b = (None if side is None else side.ids if name == INPUT_IDS else side.labels for side in both)
         if a is not None and b is not None and len(a) == len(b) and (a.shape != b.shape or (a != b).any()):
             found.append((a, b))
     return found
@@ -79,15 +79,15 @@ def _count(sums: Sums, a: Ints, b: Ints, k: int) -> None:
 
 def _cause(context: Context, step: int, name: str, k: int, sums: Sums, found: set[str | None]) -> Cause:
     names = {name}
-    if name == IDS and LABELS in found and (labels := _fit(context, step, LABELS)) is not None and labels[0] == k:
+    if name == INPUT_IDS and LABELS in found and (labels := _fit(context, step, LABELS)) is not None and labels[0] == k:
         names.add(LABELS)
-    if name == IDS:
+    if name == INPUT_IDS:
         names |= {MASK, POSITIONS} & {n for n in found if n is not None}
     if TOKENS in found and LABELS in names | (set() if LABELS in found else {LABELS}) and counts_follow(context, step):
         names.add(TOKENS)
     side = "b" if k > 0 else "a"
-    doubled = name == IDS and abs(k) == 1 and _doubled(context, step, side)
-    what = "ids" if name == IDS else "labels"
+    doubled = name == INPUT_IDS and abs(k) == 1 and _doubled(context, step, side)
+    what = "ids" if name == INPUT_IDS else "labels"
     if doubled:
         summary = f"{side}'s rows begin with the same id twice (a doubled BOS): its {what} are shifted right by 1"
     else:

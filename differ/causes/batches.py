@@ -21,7 +21,7 @@ from differ.causes.context import Context
 from differ.result import Finding
 from tracer.schema import WHOLE_STEP, Phase
 
-IDS: Final = "input_ids"
+INPUT_IDS: Final = "input_ids"
 LABELS: Final = "labels"
 MASK: Final = "attention_mask"
 TOKENS: Final = "tokens"
@@ -58,7 +58,7 @@ class Line:
 
 def batch(context: Context, side: str, step: int, micro_batch: int) -> Batch | None:
     """One micro-batch of a side, None if it has no ids [B, L]."""
-    ids, labels, mask = (_matrix(context, side, step, micro_batch, name) for name in (IDS, LABELS, MASK))
+    ids, labels, mask = (_matrix(context, side, step, micro_batch, name) for name in (INPUT_IDS, LABELS, MASK))
     if ids is None:
         return None
     return Batch(ids, _like(labels, ids), _like(mask, ids))

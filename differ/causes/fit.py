@@ -62,42 +62,60 @@ class Sums:
 
 @dataclass(slots=True)
 class RatioFit:
-    """One ratio b = c a over all records that are added, by least squares through zero."""
+    """One ratio b = c a over all records that are added, by least squares through zero.
+
+    Sums are kept of a and of d = b - a, so that a ratio near 1 keeps its digits.
+    """
 
     count: int = 0
     aa: float = 0.0
-    ab: float = 0.0
-    bb: float = 0.0
+    ad: float = 0.0
+    dd: float = 0.0
 
     def add(self, a: Float64, b: Float64) -> None:
         """Add a record: both sides, of one shape."""
-        x, y = a.reshape(-1), b.reshape(-1)
+        x, d = a.reshape(-1), b.reshape(-1) - a.reshape(-1)
         self.count += x.size
         self.aa += float(np.dot(x, x))
-        self.ab += float(np.dot(x, y))
-        self.bb += float(np.dot(y, y))
+        self.ad += float(np.dot(x, d))
+        self.dd += float(np.dot(d, d))
 
     def __iadd__(self, other: RatioFit) -> RatioFit:
         self.count += other.count
         self.aa += other.aa
-        self.ab += other.ab
-        self.bb += other.bb
+        self.ad += other.ad
+        self.dd += other.dd
         return self
+
+    @property
+    def ab(self) -> float:
+        """Sum ab."""
+        return self.aa + self.ad
+
+    @property
+    def bb(self) -> float:
+        """Sum bb."""
+        return max(0.0, self.aa + 2.0 * self.ad + self.dd)
+
+    @property
+    def excess(self) -> float:
+        """c - 1, to its own precision; nan where a is all zero."""
+        return self.ad / self.aa if self.aa > 0.0 else math.nan
 
     @property
     def ratio(self) -> float:
         """c of b = c a; nan where a is all zero."""
-        return self.ab / self.aa if self.aa > 0.0 else math.nan
+        return 1.0 + self.excess
 
     @property
     def difference(self) -> float:
         """Sum (a - b)^2."""
-        return max(0.0, self.aa - 2.0 * self.ab + self.bb)
+        return self.dd
 
     @property
     def residual(self) -> float:
-        """Sum (b - c a)^2; loses digits below 1e-15 of sum bb, which is rounding to the eye of any share."""
-        return max(0.0, self.bb - self.ab * self.ab / self.aa) if self.aa > 0.0 else self.bb
+        """Sum (b - c a)^2."""
+        return max(0.0, self.dd - self.ad * self.ad / self.aa) if self.aa > 0.0 else self.dd
 
     @property
     def error(self) -> float:

@@ -66,7 +66,8 @@ def find(context: Context) -> list[Cause]:
 
 
 def _frozen(row: Row, name: str) -> bool:
-    return name in row.positions and not row.entry(name).stored and not row.entry(name).alias_of
+    """Whether a record is a weight that is not trained: neither its values nor, in a fingerprint, a sketch are kept."""
+    return name in row.positions and not row.entry(name).dataset and not row.entry(name).alias_of
 
 
 def _weight(a: Row, b: Row, name: str) -> Weight:

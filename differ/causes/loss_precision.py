@@ -3,8 +3,8 @@
     on the grid   round(l) = l in bfloat16 (8 significant bits) or float16 (11), for all losses that the side recorded
     undone        |l_a - l_b| less 4 units of the grid: what rounding on the way to a mean may cost
 
-What bfloat16 holds float16 mostly holds too, so bfloat16 is tried first.  A float32 loss is on the bfloat16 grid by chance once in 65,536, so this needs at least two values, and the other side off
-the grid.  Sources: Modalities #464, optax #1020.
+What bfloat16 holds float16 mostly holds too, so bfloat16 is tried first.  A float32 loss is on the bfloat16 grid by chance
+once in 65,536, so this needs at least two values, and the other side off the grid.  Sources: Modalities #464, optax #1020.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from differ.causes.constants import name_factor, short
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, RatioFit, Sums
@@ -131,7 +133,7 @@ def _constant(context: Context, step: int, losses: _Losses) -> Cause | None:
     """One factor over the step's losses, borne out by several of them or by the gradients."""
     fit = RatioFit()
     for n in losses.a:
-        fit += RatioFit(1, losses.a[n] ** 2, losses.a[n] * losses.b[n], losses.b[n] ** 2)
+        fit.add(np.array([losses.a[n]]), np.array([losses.b[n]]))
     gradients = _gradients(context, step)
     borne_out = gradients is not None and gradients.share >= SHOWN and abs(gradients.ratio / fit.ratio - 1.0) <= 1e-3
     several = len(losses.a) > 1 and len(set(losses.a.values())) > 1

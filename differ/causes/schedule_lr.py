@@ -35,7 +35,7 @@ ID: Final = "schedule.lr"
 
 SUFFIX: Final = ".lr"
 # A formula has to give every rate to this relative error: hyper-parameters may be held as float32.
-CLOSE: Final = 1e-5
+CLOSE: Final = 1e-6
 MOST_ADVANCED: Final = 64
 
 Series = Mapping[int, float]

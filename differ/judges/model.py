@@ -8,9 +8,11 @@ or the parameters are too far apart the difference is propagated.
     relative error of a loss     |a - b| / max(|a|, |b|, 1): logits have rounding noise that a small loss does not shrink
     gradient noise               base / min(1, loss): p - 1 loses digits as the loss gets small
 
-With noise files the tolerance is what the twins show, and it grows only with what their inputs do not reach:
+With noise files the tolerance is what the twins show, in proportion to the inputs up to `reach` times as far apart as theirs,
+and only beyond that by `per_input`:
 
-    allowed   max(base, safety * envelope) + per_input * max(0, distance - reach * distance of the twin's inputs)
+    ratio     distance of the inputs / distance of the twin's inputs
+    allowed   max(base, safety * envelope * clamp(ratio, 1, reach)) + per_input * max(0, distance - reach * twin's distance)
 
 for each twin, the largest of them: one file more never makes it smaller.
 """
@@ -24,7 +26,7 @@ from typing import Final
 
 from differ.compare import distance
 from differ.inputs import InputDistance
-from differ.noise import Floor, smallest_norm
+from differ.noise import smallest_norm
 from differ.policy import Tolerance
 from differ.session import RowPair, Session, value_finding
 from tracer.schema import Phase
@@ -109,17 +111,14 @@ def allowance(session: Session, pair: RowPair, name: str, *, parameter: str = ""
         return Allowance(error, apart, apart <= tolerance.bound and error < 1.0)
     each = []
     for floor in floors:
-        beyond = 0.0 if inputs is None else _beyond(session, pair.phase, parameter or name, floor, apart)
-        least = max(amplify * tolerance.base, session.policy.noise.safety * floor.level.of(name))
-        error = least + tolerance.per_input * beyond
+        theirs = input_distance(pair.phase, parameter or name, floor.inputs, tolerance)
+        reach = session.policy.noise.reach
+        ratio = min(max(apart / theirs, 1.0), reach) if inputs is not None and theirs > 0.0 else 1.0
+        beyond = max(0.0, apart - reach * theirs) if inputs is not None else 0.0
+        noise_error = session.policy.noise.safety * floor.level.of(name) * ratio
+        error = max(amplify * tolerance.base, noise_error) + tolerance.per_input * beyond
         each.append(Allowance(error, apart, beyond <= tolerance.bound and error < 1.0))
     return Allowance(max(one.error for one in each), apart, all(one.judges for one in each))
-
-
-def _beyond(session: Session, phase: Phase, name: str, floor: Floor, apart: float) -> float:
-    """How much further apart the inputs are than those of a twin account for."""
-    reached = input_distance(phase, name, floor.inputs, Tolerance(0.0))
-    return max(0.0, apart - session.policy.noise.reach * reached)
 
 
 def input_distance(phase: Phase, name: str, inputs: InputDistance | None, tolerance: Tolerance) -> float:

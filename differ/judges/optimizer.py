@@ -38,7 +38,8 @@ Inputs = UpdateInputs | MomentInputs
 class SideFit:
     """How one side's tensor follows: rules that fit with their margins, and the nearest fit where none does.
 
-    `missed`: the rules that do not fit with theirs, above 1.  `tried`: its inputs were recorded.  `moved`: it changed at all, so that following a rule says something.
+    `missed`: the rules that do not fit with theirs, above 1.  `tried`: its inputs were recorded.  `moved`: it changed at
+    all, so that following a rule says something.
     """
 
     rules: dict[Rule, float] = field(default_factory=dict)

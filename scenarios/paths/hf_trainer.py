@@ -18,6 +18,8 @@ from scenarios.paths._torch import build_model, optimizer_of, outcome_of
 
 def run(config: RunConfig, feed: Feed) -> Outcome:
     """Train on the batches of `feed`, or on its rows with Trainer's own loader."""
+    from transformers import PrinterCallback
+
     model = build_model(config, feed)
     with tempfile.TemporaryDirectory(prefix="hf-trainer-") as folder:
         losses: list[Any] = []
@@ -29,6 +31,7 @@ def run(config: RunConfig, feed: Feed) -> Outcome:
             callbacks=_callbacks(config),
             **_optimizer(config),
         )
+        trainer.remove_callback(PrinterCallback)  # prints its logs to stdout
         trainer.step_losses, trainer.fixed_batches = losses, feed if feed.steps is not None else None
         trainer.train()
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it

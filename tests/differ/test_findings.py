@@ -48,7 +48,7 @@ EXPECTED: dict[str, tuple[int, str, int | None, str | None, Kind, int | None]] =
     "grad_shape": (2, "grad", None, B1, Kind.SHAPE, None),
     "grad_missing": (2, "grad", None, B1, Kind.MISSING_B, 1),
     "grad_row": (2, "grad", None, None, Kind.MISSING_B, 2),
-    "moment": (2, "opt_state", None, f"{B1}/exp_avg", Kind.VALUE, None),
+    "moment": (2, "opt_state", None, f"{B1}/exp_avg_sq", Kind.VALUE, None),
     "counter": (2, "opt_state", None, "step", Kind.VALUE, None),
     "param_element": (2, "param", None, B1, Kind.VALUE, 1),
     "param_stuck": (2, "param", None, B1, Kind.VALUE, 1),

@@ -66,7 +66,9 @@ def test_update_writes_fails_and_then_stays_green_until_a_fault_is_planted(proje
 
     updated = pytester_run(project, "--trace-update")
     updated.assert_outcomes(failed=2)
-    updated.stdout.fnmatch_lines(["*DIVERGED at step 1, clipped_grad*", "*because the run diverged; review and commit it*"])
+    updated.stdout.fnmatch_lines(
+        ["*DIVERGED at step 1, clipped_grad*", "*because the run diverged; review and commit it*"]
+    )
 
 
 def test_a_trace_is_compared_by_its_path_and_two_checks_have_two_baselines(pytester: pytest.Pytester) -> None:

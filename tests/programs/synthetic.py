@@ -1,6 +1,6 @@
 """A training program without a framework: hands the rows of a synthetic run to the recorder that runs it.
 
-    python synthetic.py [FAULT] [--stop-early] [--die]        FAULT is a key of tests.builders.FAULTS
+python synthetic.py [FAULT] [--stop-early] [--die]        FAULT is a key of tests.builders.FAULTS
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+# A program is run by its path: the packages are two folders up.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.driven import drive  # noqa: E402 - the path must be there first
+from tests.driven import drive
 
 
 def main(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from scenarios.calibrate import Fit, Point, fit, rewrite, round_up
@@ -38,20 +39,31 @@ def test_numbers_are_rounded_up_to_one_digit(value: float, rounded: float) -> No
     assert round_up(value) == rounded
 
 
-def test_the_base_is_fitted_where_inputs_agree_and_the_slope_elsewhere() -> None:
-    found = fit([Point(1e-6, 0.0), Point(2e-6, 0.0), Point(5.2e-5, 1e-5)], safety=4.0, bound=1e-2)
+def test_base_and_slope_are_the_line_through_points_on_a_line() -> None:
+    found = fit([Point(2e-6 + 5.0 * d, d) for d in (0.0, 1e-7, 1e-6, 1e-5)], safety=4.0, bound=1e-2)
     assert (found.base, found.per_input) == (8e-6, 20.0)
+    assert found.measured_base == pytest.approx(2e-6)
+    assert found.measured_slope == pytest.approx(5.0)
 
 
-def test_every_point_passes_with_the_factor_to_spare() -> None:
-    points = [Point(1e-6, 0.0), Point(3e-5, 2e-6), Point(9e-4, 1e-3), Point(2e-6, 1e-7)]
+@pytest.mark.parametrize("seed", range(20))
+def test_every_point_passes_with_the_factor_to_spare(seed: int) -> None:
+    random = np.random.RandomState(seed)
+    distances = np.where(random.rand(200) < 0.2, 0.0, 10.0 ** random.uniform(-9, -2, 200))
+    points = [Point(10.0 ** random.uniform(-8, -5) + 3.0 * random.rand() * d, d) for d in distances]
     found = fit(points, safety=4.0, bound=1e-2)
     assert found.per_input is not None
-    assert all(4.0 * point.observed <= found.base + found.per_input * point.distance for point in points)
+    assert all(4.0 * p.observed <= (found.base + found.per_input * p.distance) * (1 + 1e-9) for p in points)
+
+
+def test_noise_at_a_tiny_distance_goes_to_the_base_and_not_to_the_slope() -> None:
+    points = [Point(0.088, 0.0), Point(0.13, 1e-7), *(Point(0.1, d) for d in (1e-5, 1e-4, 1e-3))]
+    found = fit(points, safety=4.0, bound=1e-2)
+    assert (found.base, found.per_input) == (0.6, 0.0)
 
 
 def test_points_that_nobody_judges_are_left_out() -> None:
-    found = fit([Point(1e-6, 0.0), Point(0.9, 1e-9), Point(0.1, 1.0)], safety=4.0, bound=1e-2)
+    found = fit([Point(1e-6, 0.0), Point(0.9, 1e-9), Point(1e-5, 1.0)], safety=4.0, bound=1e-2)
     assert (found.base, found.per_input) == (4e-6, 0.0)
 
 

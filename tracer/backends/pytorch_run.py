@@ -4,8 +4,8 @@ A step is one update of the model.  It begins with the first training forward af
 update; where several optimizers share the work it ends with the last of them that has gradients to apply.  Step 0 is
 taken at the first training forward, before any update.
 
-Invariants: no method changes a tensor (a twin's starting point aside), a generator or a graph; models and optimizers are referred to weakly or for the
-length of a step; methods may raise (their callers run them under the recorder's guard).
+Invariants: no method changes a tensor (a twin's starting point aside), a generator or a graph; models and optimizers are
+referred to weakly or for the length of a step; methods may raise (their callers run them under the recorder's guard).
 """
 
 from __future__ import annotations

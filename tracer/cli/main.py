@@ -20,6 +20,7 @@ from tracer.errors import TraceError
 COMMANDS: Final = {
     "record": ("tracer.cli.record:record", "Run a training program and record every optimizer step."),
     "diff": ("differ.command:diff", "Name the first step, phase and parameter at which two traces part."),
+    "calibrate": ("differ.calibrate_command:calibrate", "Fit tolerances to the noise of a run and its twins."),
     "show": ("tracer.cli.show:show", "What is in a trace: steps, records, statistics, values."),
     "check": ("tracer.cli.check:check", "Is a trace whole; what was lost."),
     "shrink": ("tracer.cli.shrink:shrink", "Make a fingerprint of a trace, small enough for git."),

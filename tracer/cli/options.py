@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from tracer.schema import Phase
 
@@ -46,6 +47,17 @@ class Phases(click.ParamType[Any]):
         except KeyError as error:
             known = ", ".join(phase.label for phase in Phase)
             self.fail(f"{str(error.args[0]).lower()!r} is no phase; phases are {known}", param, ctx)
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - the signature is click's
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """The phases that are not in the list yet."""
+        before, comma, word = incomplete.rpartition(",")
+        labels = [phase.label for phase in Phase if phase.label not in before.split(",")]
+        return [CompletionItem(f"{before}{comma}{label}") for label in labels if label.startswith(word)]
 
 
 def narrowing(command: F) -> F:

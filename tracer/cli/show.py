@@ -14,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 
+from tracer.cli.completion import complete_name, complete_phase, complete_step
 from tracer.cli.record import human_bytes
 from tracer.dtypes import to_numpy
 from tracer.errors import BadUsage
@@ -24,9 +25,9 @@ from tracer.schema import SKETCH_BUCKETS, STATS, WHOLE_STEP, Phase, State
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.argument("step", required=False, type=int)
-@click.argument("phase", required=False)
-@click.argument("name", required=False)
+@click.argument("step", required=False, type=int, shell_complete=complete_step)
+@click.argument("phase", required=False, shell_complete=complete_phase)
+@click.argument("name", required=False, shell_complete=complete_name)
 def show(file: Path, step: int | None, phase: str | None, name: str | None) -> None:
     """What is in the trace FILE: an overview, a STEP, a PHASE of it, or the values of the record NAME.
 

@@ -15,7 +15,8 @@ from tracer.schema import Phase, Row
 
 
 @pytest.mark.parametrize(
-    ("clip", "limit"), [("value", 0.01), ("value", 0.05), ("norm", 0.02), ("norm", 0.1), ("tensor", 0.02), ("tensor", 0.1)]
+    ("clip", "limit"),
+    [("value", 0.01), ("value", 0.05), ("norm", 0.02), ("norm", 0.1), ("tensor", 0.02), ("tensor", 0.1)],
 )
 def test_a_side_that_clips_is_named_with_its_rule_and_limit(clip: str, limit: float, compare: Compare) -> None:
     result = compare(b={"clip": clip, "clip_value": limit})
@@ -53,7 +54,11 @@ def test_the_sides_change_places_with_a_and_b(compare: Compare, tmp_path: Path) 
 
     (cause,) = causes(mirrored(tmp_path), "clip.value")
     assert cause.side == "a"
-    assert cause.parameters == {"a": {"rule": "value", "value": 0.01}, "b": {"rule": "norm", "value": 0.02}, "value": 0.01}
+    assert cause.parameters == {
+        "a": {"rule": "value", "value": 0.01},
+        "b": {"rule": "norm", "value": 0.02},
+        "value": 0.01,
+    }
     assert cause.summary == "a clips each element to ±0.01; b clips by global norm at 0.02"
 
 
@@ -94,7 +99,9 @@ def test_two_limits_whose_ratio_is_no_root_are_no_shards(compare: Compare) -> No
 
 
 def test_sets_of_tensors_clipped_by_their_own_norms_are_shards(compare: Compare) -> None:
-    result = compare(a={"clip": "norm", "clip_value": 0.1}, b={"edit": _shards(0.1, ((A[0], B[0]), (A[1], A[2], B[1], B[2])))})
+    result = compare(
+        a={"clip": "norm", "clip_value": 0.1}, b={"edit": _shards(0.1, ((A[0], B[0]), (A[1], A[2], B[1], B[2])))}
+    )
 
     (cause,) = causes(result, "clip.norm")
     assert cause.side == "b"
@@ -104,7 +111,12 @@ def test_sets_of_tensors_clipped_by_their_own_norms_are_shards(compare: Compare)
 
 
 @pytest.mark.parametrize(
-    "both", [{"clip": "value", "clip_value": 0.01}, {"clip": "norm", "clip_value": 0.02}, {"clip": "tensor", "clip_value": 0.02}]
+    "both",
+    [
+        {"clip": "value", "clip_value": 0.01},
+        {"clip": "norm", "clip_value": 0.02},
+        {"clip": "tensor", "clip_value": 0.02},
+    ],
 )
 def test_two_runs_under_one_clip_have_no_cause(both: dict[str, Any], compare: Compare) -> None:
     assert compare(**both).causes == ()

@@ -102,5 +102,7 @@ def _write(path: Path, change: Change) -> None:
     writer = TraceWriter(path, env={}, declared={}, overwrite=True)
     weight = record("model.embed_tokens.weight", np.ones((4, 4), F32))
     writer.write_step(0, [Row(Phase.INIT, 0, WHOLE_STEP, (weight,))], {"model.dtype": "float32"})
-    writer.write_step(1, [Row(Phase.BATCH, 1, 0, (record("input_ids", ids),)), Row(Phase.FORWARD, 1, 0, tuple(outputs))])
+    writer.write_step(
+        1, [Row(Phase.BATCH, 1, 0, (record("input_ids", ids),)), Row(Phase.FORWARD, 1, 0, tuple(outputs))]
+    )
     writer.finish()

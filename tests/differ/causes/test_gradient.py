@@ -18,9 +18,14 @@ from tracer.writer import TraceWriter
 NO_SCALE = edited(Phase.INIT, lambda one: None, name="lora_scale")
 
 
-@pytest.mark.parametrize(("factor", "matches"), [(2.0, "the number of micro-batches (2)"), (0.5, "the number of micro-batches (2)"), (1.37, "")])
+@pytest.mark.parametrize(
+    ("factor", "matches"),
+    [(2.0, "the number of micro-batches (2)"), (0.5, "the number of micro-batches (2)"), (1.37, "")],
+)
 @pytest.mark.parametrize("at", [1, 3])
-def test_one_factor_in_all_gradients_is_fitted_and_named(factor: float, matches: str, at: int, compare: Compare) -> None:
+def test_one_factor_in_all_gradients_is_fitted_and_named(
+    factor: float, matches: str, at: int, compare: Compare
+) -> None:
     result = compare(b={"tamper": scaled(factor, at=range(at, 9))})
 
     (cause,) = causes(result, "grad.scale")

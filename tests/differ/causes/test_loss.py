@@ -49,7 +49,9 @@ def test_a_single_loss_whose_gradients_agree_is_no_factor(compare: Compare) -> N
         ("divides by the rows of the batch", lambda n: n / 2),
     ],
 )
-def test_another_denominator_is_named_where_lengths_differ(words: str, factor, compare: Compare, tmp_path: Path) -> None:
+def test_another_denominator_is_named_where_lengths_differ(
+    words: str, factor, compare: Compare, tmp_path: Path
+) -> None:
     result = compare(a={"edit": _unequal(lambda n: 1.0)}, b={"edit": _unequal(factor)})
 
     (cause,) = causes(result, "loss.reduction")
@@ -75,7 +77,9 @@ def test_losses_of_other_batches_are_no_reduction(compare: Compare) -> None:
 
 @pytest.mark.parametrize(("dtype", "at"), [("bfloat16", 1), ("bfloat16", 2), ("float16", 1)])
 def test_a_loss_on_the_grid_of_a_short_dtype_is_named(dtype: str, at: int, compare: Compare) -> None:
-    result = compare(b={"edit": edited(Phase.LOSS, lambda one: _rounded(one, dtype))}, only_steps=frozenset({0, *range(at, 4)}))
+    result = compare(
+        b={"edit": edited(Phase.LOSS, lambda one: _rounded(one, dtype))}, only_steps=frozenset({0, *range(at, 4)})
+    )
 
     (cause,) = causes(result, "loss.precision")
     assert (cause.phase, cause.side, cause.step) == ("loss", "b", at)

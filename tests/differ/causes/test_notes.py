@@ -38,8 +38,12 @@ def options(policy: Path) -> Any:
     return DiffOptions(policy=load_policy(policy))
 
 
-@pytest.mark.parametrize(("factor", "shown"), [(1.0003, 1.0003), (0.99976, 0.99976), (1.00001, 1.00001), (1.000136, 1.000136)])
-def test_a_ratio_in_all_gradients_is_noted_to_three_digits(factor: float, shown: float, compare: Compare, policy: Path) -> None:
+@pytest.mark.parametrize(
+    ("factor", "shown"), [(1.0003, 1.0003), (0.99976, 0.99976), (1.00001, 1.00001), (1.000136, 1.000136)]
+)
+def test_a_ratio_in_all_gradients_is_noted_to_three_digits(
+    factor: float, shown: float, compare: Compare, policy: Path
+) -> None:
     result = compare(b={"tamper": scaled(factor)}, options=options(policy))
 
     assert result.verdict is Verdict.SAME

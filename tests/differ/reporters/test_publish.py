@@ -161,3 +161,23 @@ def test_completion_offers_kinds_of_reports() -> None:
 
     items = kind.shell_complete(click.Context(diff), parameter, "j")
     assert [item.value for item in items] == ["junit=", "json="]
+
+
+def test_every_kind_of_report_is_documented() -> None:
+    from differ.reporters import FILES, FORMATS, REPORTERS
+
+    text = (Path(__file__).parents[3] / "docs" / "reports.md").read_text(encoding="utf-8")
+    table = {
+        line.split("|")[1].strip(" `"): line.split("|")[2:4] for line in text.splitlines() if line.startswith("| `")
+    }
+
+    assert set(table) == set(REPORTERS)
+    for kind, (printed, written) in table.items():
+        assert printed.strip().startswith("yes") == (kind in FORMATS)
+        assert written.strip().startswith("yes") == (kind in FILES)
+
+
+def test_pictures_of_the_documentation_are_small() -> None:
+    images = list((Path(__file__).parents[3] / "docs" / "images").glob("*.png"))
+    assert images
+    assert all(image.stat().st_size < 150_000 for image in images)
