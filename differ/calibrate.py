@@ -12,7 +12,6 @@ them; an optimizer turns noise into noise whatever its inputs' distance, so thei
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from differ.align import Rows
 from differ.inputs import Inputs
 from differ.judges.model import input_distance
 from differ.noise import row_distances
-from differ.policy import Tolerance
+from differ.policy import Tolerance, default_policy
 from differ.runs import model_dtype
 from differ.twins import HINT, other_course, other_kind, other_start
 from tracer.dtypes import coarser
@@ -52,7 +51,9 @@ Points = Mapping[Key, Sequence[Point]]
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What tolerances fitted to the other twins say of one twin: records judged, judged wrongly, and not judged."""
+    """What tolerances fitted to the other twins say of one twin: records of the model's phases that are judged, judged
+    wrongly, and not judged because the inputs explain anything.
+    """
 
     name: str
     judged: int
@@ -74,7 +75,7 @@ class Calibration:
     checks: tuple[LeftOut, ...]
 
 
-def calibrate(run: Trace, twins: Sequence[Trace], safety: float) -> Calibration:
+def calibrate(run: Trace, twins: Sequence[Trace], safety: float | None) -> Calibration:
     """Tolerances that every twin passes by the safety factor.  Raises BadUsage for a file that is no twin of the run."""
     if len(twins) < 2:
         raise BadUsage("one twin cannot be left out", "give two or more: trace record --twins 3 -o run.h5 …")
@@ -112,13 +113,16 @@ def _refuse(twin: Rows, side: Rows, reason: str) -> None:
         raise BadUsage(f"{twin.trace.path} is no twin of {side.trace.path}: {reason}", HINT)
 
 
-def fit(twins: Iterable[Points], safety: float) -> dict[Key, Tolerance]:
-    """Tolerances of all tables that some twin has noise in."""
+def fit(twins: Iterable[Points], safety: float | None) -> dict[Key, Tolerance]:
+    """Tolerances of all tables that some twin has noise in; `safety` None is that of the dtype."""
     joined: dict[Key, list[Point]] = {}
     for points in twins:
         for key, some in points.items():
             joined.setdefault(key, []).extend(some)
-    fitted = {key: _fit(points, safety, flat=key[0] in ACROSS) for key, points in sorted(joined.items())}
+    fitted = {
+        key: _fit(points, default_policy().noise.factor(key[1]) if safety is None else safety, flat=key[0] in ACROSS)
+        for key, points in sorted(joined.items())
+    }
     return {key: tolerance for key, tolerance in fitted.items() if tolerance.at(tolerance.bound) > 0.0}
 
 
@@ -142,7 +146,8 @@ def round_up(value: float) -> float:
 
 def _left_out(name: str, points: Points, tolerances: Mapping[Key, Tolerance]) -> LeftOut:
     judged = alarms = unjudged = 0
-    for key, point in itertools.chain.from_iterable(((k, p) for p in some) for k, some in points.items()):
+    model = {key: some for key, some in points.items() if key[0] in MODEL}
+    for key, point in ((key, point) for key, some in model.items() for point in some):
         tolerance = tolerances.get(key, Tolerance(0.0))
         if not tolerance.judges(point.inputs):
             unjudged += 1

@@ -21,10 +21,12 @@ from tracer.errors import BadUsage, NoPermission, NotFound
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The policy to write."
 )
 @click.option(
-    "--safety", type=click.FloatRange(1.0), default=2.0, show_default=True, help="Factor over what was measured."
+    "--safety",
+    type=click.FloatRange(1.0),
+    help="Factor over what was measured (default: 4, in float16 and bfloat16 2).",
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-def calibrate(run: Path, twins: tuple[Path, ...], output: Path, safety: float, *, force: bool) -> None:
+def calibrate(run: Path, twins: tuple[Path, ...], output: Path, safety: float | None, *, force: bool) -> None:
     """Write tolerances that fit the noise of the trace RUN, measured by two or more of its TWINS.
 
     \b
@@ -67,11 +69,12 @@ def summary(found: Calibration) -> str:
     return f"false alarms, leaving one out: {rate:.2g} a record; {clean} of {len(found.checks)} twins without any"
 
 
-def _write(output: Path, found: Calibration, run: Path, twins: tuple[Path, ...], safety: float) -> None:
+def _write(output: Path, found: Calibration, run: Path, twins: tuple[Path, ...], safety: float | None) -> None:
     from differ.calibrate import policy_text
 
     how = [
-        f"trace calibrate {run.name} {' '.join(twin.name for twin in twins)} --safety {safety:g}",
+        f"trace calibrate {run.name} {' '.join(twin.name for twin in twins)}"
+        + ("" if safety is None else f" --safety {safety:g}"),
         summary(found),
     ]
     try:

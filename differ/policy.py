@@ -23,7 +23,7 @@ DEFAULTS: Final = Path(__file__).with_name("defaults.toml")
 
 _FIELDS: Final = ("base", "per_input", "bound")
 _REPLAY_FIELDS: Final = ("ulp", "relative", "spike")
-_NOISE_FIELDS: Final = ("safety", "reach", "quantile")
+_NOISE_FIELDS: Final = ("safety", "safety_half", "reach", "quantile")
 _RULE_FIELDS: Final = ("name", "phase", "dtype", *_FIELDS)
 
 
@@ -60,13 +60,18 @@ class ReplayTolerance:
 
 @dataclass(frozen=True, slots=True)
 class NoisePolicy:
-    """How noise files are used: `safety` times their envelope is allowed, `reach` times the distance of their inputs is
-    covered, `quantile` of a family stands for each of its names.
+    """How noise files are used: `safety` times their envelope is allowed (`safety_half` in 16-bit floats), `reach` times the
+    distance of their inputs is covered, `quantile` of a family stands for each of its names.
     """
 
     safety: float = 1.0
+    safety_half: float = 1.0
     reach: float = 1.0
     quantile: float = 1.0
+
+    def factor(self, dtype: str) -> float:
+        """Safety factor of a dtype."""
+        return self.safety_half if dtype in ("float16", "bfloat16") else self.safety
 
 
 @dataclass(frozen=True, slots=True)

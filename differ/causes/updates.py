@@ -175,7 +175,9 @@ def settings_causes(context: Context, cause_id: str, keys: Sequence[str], words:
             key = finding.name.rpartition(".")[2]
             a, b = (context.scalar(side, Phase.HPARAMS, step, finding.name) or 0.0 for side in "ab")
             name = f"{words} ({key})" if len(keys) > 1 else words
-            groups = {other.partition(".")[0] for other in context.names("a", Phase.HPARAMS, step)}
+            groups = {
+                other.partition(".")[0] for other in context.names("a", Phase.HPARAMS, step) if other.endswith(".lr")
+            }
             where = f" in {finding.name.partition('.')[0]}" if len(groups) > 1 else ""
             causes.append(
                 Cause(

@@ -29,6 +29,7 @@ from differ.inputs import InputDistance
 from differ.noise import smallest_norm
 from differ.policy import Tolerance
 from differ.session import RowPair, Session, value_finding
+from tracer.dtypes import coarser
 from tracer.schema import Phase
 
 # A loss below this is all rounding noise; the gradient's noise is not divided by less.
@@ -109,13 +110,14 @@ def allowance(session: Session, pair: RowPair, name: str, *, parameter: str = ""
     if not floors:
         error = tolerance.at(apart) + (amplify - 1.0) * tolerance.base
         return Allowance(error, apart, apart <= tolerance.bound and error < 1.0)
+    dtype = coarser(session.dtype, pair.dtype(name))
     each = []
     for floor in floors:
         theirs = input_distance(pair.phase, parameter or name, floor.inputs, tolerance)
         reach = session.policy.noise.reach
         ratio = min(max(apart / theirs, 1.0), reach) if inputs is not None and theirs > 0.0 else 1.0
         beyond = max(0.0, apart - reach * theirs) if inputs is not None else 0.0
-        noise_error = session.policy.noise.safety * floor.level.of(name) * ratio
+        noise_error = session.policy.noise.factor(dtype) * floor.level.of(name) * ratio
         error = max(amplify * tolerance.base, noise_error) + tolerance.per_input * beyond
         each.append(Allowance(error, apart, beyond <= tolerance.bound and error < 1.0))
     return Allowance(max(one.error for one in each), apart, all(one.judges for one in each))

@@ -141,6 +141,14 @@ def test_hostile_text_stays_text(drawn: Drawn) -> None:
     assert "</script><script>" not in text
 
 
+def test_data_for_the_script_can_neither_end_it_nor_begin_another() -> None:
+    from differ.reporters.html import _island
+
+    data = {"rows": ["</script x", "<!--<script", "&lt;", "\u2028", "]]>"]}
+    assert not set("<>&\u2028") & set(_island(data))
+    assert json.loads(_island(data)) == data
+
+
 def test_without_data_the_page_is_small(drawn: Drawn) -> None:
     result = drawn("clip_value")
     assert len(render(replace(result, series=None, findings=(), first=result.first)).encode()) < 40_000

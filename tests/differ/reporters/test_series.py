@@ -155,3 +155,21 @@ def test_a_probe_of_the_caller_is_still_called(tmp_path: Path) -> None:
     seen: list[object] = []
     diff(a, b, DiffOptions(series=True, probe=seen.append))
     assert seen
+
+
+def test_the_gap_of_a_layer_is_that_of_its_norms(tmp_path: Path) -> None:
+    a, b = make_trace(tmp_path / "a.h5"), make_trace(tmp_path / "b.h5", fault="clip_value")
+    series = series_of(diff(a, b, DiffOptions(series=True)))
+    strip = next(strip for strip in series.layers if strip.name == "clipped_grad")
+    cell = next(cell for cell in strip.cells if cell.row == 1 and series.columns[cell.column] == (2, 2))
+
+    norms = []
+    for path in (a, b):
+        with open_trace(path) as trace:
+            row = trace.row(Phase.CLIPPED_GRAD, 2)
+            assert row is not None
+            inside = [i for i, entry in enumerate(row.layout.entries) if ".layers.1." in entry.name]
+            norms.append(math.sqrt(sum(float((row.read(i).astype(float) ** 2).sum()) for i in inside)))
+
+    assert cell.gap == pytest.approx(abs(norms[0] - norms[1]) / max(norms), rel=1e-6)
+    assert cell.gap > 0.8

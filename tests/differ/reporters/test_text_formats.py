@@ -54,6 +54,16 @@ def test_markdown_with_endless_names_stays_below_its_limit(drawn: Drawn) -> None
     assert "the first 50 of 3,000 are shown" in text
 
 
+def test_markdown_takes_as_many_rows_as_fit(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(markdown, "MOST_BYTES", 20_000)
+    text = render("markdown", with_findings(drawn("grad_element"), 3_210))
+    shown = re.search(r"first (\d+) of 3,210 findings", text)
+
+    assert shown is not None
+    assert 50 < int(shown[1]) == text.count("lora_B.weight` | value |") < 200
+    assert 17_000 < len(text.encode()) < 20_000
+
+
 def test_markdown_of_hostile_names_is_text(drawn: Drawn) -> None:
     text = render("markdown", hostile(drawn("clip_value")))
     outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
