@@ -58,20 +58,24 @@ class Envelope:
 
     quantile: float
     _largest: dict[str, float] = field(default_factory=dict)
+    _family: dict[str, float] = field(default_factory=dict)
 
     def grow(self, distances: Mapping[str, float]) -> None:
         """Take in the distances of one more step."""
         for name, value in distances.items():
             self._largest[name] = max(self._largest.get(name, 0.0), value)
-
-    def level(self) -> Level:
-        """The envelope as it is now."""
         families: dict[str, list[float]] = {}
         for name, value in self._largest.items():
             families.setdefault(family(name), []).append(value)
         # "higher": a value that was measured, and the largest where there are few.
-        high = {key: float(np.quantile(values, self.quantile, method="higher")) for key, values in families.items()}
-        return Level(dict(self._largest), high)
+        for key, values in families.items():
+            high = float(np.quantile(values, self.quantile, method="higher"))
+            # A name that joins late and quiet does not make the others quieter.
+            self._family[key] = max(self._family.get(key, 0.0), high)
+
+    def level(self) -> Level:
+        """The envelope as it is now."""
+        return Level(dict(self._largest), dict(self._family))
 
 
 def family(name: str) -> str:
@@ -117,7 +121,7 @@ class _Twin:
         self.sides = twin_of.sides
         self.unused = twin_of.reason
         self._quantile = quantile
-        self._inputs = [Inputs(rows, side) for side in self.sides]
+        self._inputs = {id(side): Inputs(rows, side) for side in self.sides}
         self._floors: dict[tuple[Phase, int], Floor | None] = {}
         self._envelopes: dict[Phase, Envelope] = {}
         self._moved: dict[int, InputDistance] = {0: InputDistance(0.0, {})}
@@ -137,8 +141,7 @@ class _Twin:
         return self._floors.get((phase, step))
 
     def _next(self, phase: Phase, step: int) -> Floor | None:
-        reasons = (other_course(self.rows, side, step) for side in self.sides)
-        self.unused = self.unused or next(filter(None, reasons), "")
+        self._part_from_others(step)
         if self.unused:
             return None
         envelope = self._envelopes.setdefault(phase, Envelope(self._quantile))
@@ -146,6 +149,15 @@ class _Twin:
         level, inputs = envelope.level(), self._inputs_before(step + 1 if phase is Phase.EVAL else step)
         still = not any(level.own.values()) and inputs.model == 0.0 and not any(inputs.own.values())
         return None if still else Floor(level, inputs)
+
+    def _part_from_others(self, step: int) -> None:
+        """Let go of a side whose batches or settings are others at this step, and of the file where none is left."""
+        reasons = {id(side): other_course(self.rows, side, step) for side in self.sides}
+        left = tuple(side for side in self.sides if not reasons[id(side)])
+        if self.sides and not left:
+            self.unused = "; ".join(reasons.values())
+        else:
+            self.sides = left
 
     def _distances(self, phase: Phase, step: int) -> dict[str, float]:
         """Distance of every record of a step; from the nearer side where it is a twin of both."""
@@ -156,7 +168,7 @@ class _Twin:
         """Envelope of the distance between the parameters that a step starts from."""
         for following in range(max(self._moved) + 1, step + 1):
             before = self._moved[following - 1]
-            measured = [found for inputs in self._inputs if (found := inputs.before(following)) is not None]
+            measured = [found for side in self.sides if (found := self._inputs[id(side)].before(following))]
             if measured:
                 row = parameters_before(self.rows, following)
                 names = row.positions if row is not None else ()

@@ -156,7 +156,7 @@ class Step:
         Where the program computed gradients without a backward, the forwards count all the same.
         """
         found = self.batches if self.losses else self.waiting
-        return found or [[unrecorded("input_ids", "int64")] for _ in self.losses or [None]]
+        return found or [[unrecorded("input_ids", "int64")] for _ in range(max(1, len(self.losses)))]
 
     def loss_records(self) -> list[Record]:
         """One loss per micro-batch; a step whose backward was not seen has one that is unrecorded."""

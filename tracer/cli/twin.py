@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import click
 
-from tracer.errors import BadUsage, RecordingStopped
+from tracer.errors import BadUsage, Empty, RecordingStopped
 from tracer.perturb import Perturbation
 from tracer.reader import Trace, open_trace
 from tracer.schema import Phase
@@ -113,9 +113,15 @@ def _threads() -> int:
 
 def _say_how_far(output: Path, path: Path) -> None:
     """Check that the twin is whole, and say so if it measures nothing."""
+    try:
+        with open_trace(path) as twin:
+            reason = "" if twin.finished else str(twin.end.get("reason") or "it was cut off")
+    except Empty:
+        reason = "its start was not moved, and nothing was recorded"
+    with open_trace(output) as trace:
+        if reason and trace.finished:
+            raise RecordingStopped(f"{path.name} is no twin: {reason}", "its recording said why, above")
     with open_trace(output) as trace, open_trace(path) as twin:
-        if not twin.finished and trace.finished:
-            raise RecordingStopped(f"{path.name} is no twin: {twin.end.get('reason') or 'it was cut off'}")
         if all(_same_bits(trace, twin, phase) for phase in (Phase.LOSS, Phase.GRAD, Phase.PARAM, Phase.INIT)):
             print(f"trace: {path.name} is the same to the bit as {output.name}: it measures no noise", file=sys.stderr)
 

@@ -1,0 +1,134 @@
+"""Plants in the loop of the path `torch`: backward hooks, the loss, one frozen weight, the clip, an AdamW that misbehaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tracer.names import NameMap
+
+LOOP = "scenarios.paths.torch_loop"
+_names = NameMap()
+
+
+def plant(plan: Mapping[str, Any], patch: Callable[..., None], tamper: Callable[..., Any]) -> None:
+    """Patch the loop's namespace."""
+    if {"grad", "loss", "base"} & set(plan):
+        patch(f"{LOOP}.build_model", lambda build: lambda *given: _model(build(*given), plan, tamper))
+    if "clip" in plan:
+        patch(f"{LOOP}._clip", lambda _: lambda parameters, _clip: _clip_each(parameters, plan["clip"]))
+    if "optimizer" in plan:
+        patch(f"{LOOP}.optimizer_of", lambda of: lambda settings: (adamw(), {**of(settings)[1], "plan": plan["optimizer"]}))
+
+
+def _model(model: Any, plan: Mapping[str, Any], tamper: Callable[..., Any]) -> Any:
+    import torch
+
+    if "base" in plan:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if _names(name).name == plan["base"]["name"]:
+                    parameter.mul_(plan["base"]["factor"])
+    if "grad" in plan:
+        _tamper_gradients(model, tamper)
+    if "loss" in plan:
+        inner = model.base_model.model
+        inner.loss_function = _loss(inner.loss_function, plan["loss"])
+    return model
+
+
+def _tamper_gradients(model: Any, tamper: Callable[..., Any]) -> None:
+    """Change gradients where backward leaves them.  One micro-batch a step: the step is the number of forwards."""
+    import torch
+
+    step = 0
+
+    def count(*_: Any) -> None:
+        nonlocal step
+        step += 1
+
+    def hook(name: str) -> Callable[[Any], None]:
+        def after(parameter: Any) -> None:
+            changed = tamper(step, name, parameter.grad.numpy())
+            if changed is None:
+                parameter.grad = None
+            else:
+                parameter.grad.copy_(torch.from_numpy(changed))
+
+        return after
+
+    model.register_forward_pre_hook(count)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(hook(_names(name).name))
+
+
+def _loss(original: Callable[..., Any], fault: Mapping[str, Any]) -> Callable[..., Any]:
+    import torch
+
+    def loss(logits: Any, labels: Any, vocab_size: int, **more: Any) -> Any:
+        if "dtype" in fault:
+            kind = getattr(torch, fault["dtype"])
+            flat = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+            return torch.nn.functional.cross_entropy(logits.to(kind).reshape(-1, vocab_size), flat).float()
+        value = original(logits, labels, vocab_size=vocab_size, **more)
+        tokens = (labels[:, 1:] != -100).sum()
+        whole = {"rows": labels.shape[0], "all": labels[:, 1:].numel()}
+        return value * fault["factor"] if "factor" in fault else value * tokens / whole[fault["denominator"]]
+
+    return loss
+
+
+def _clip_each(parameters: list[Any], clip: Mapping[str, Any]) -> None:
+    import torch
+
+    for parameter in parameters if clip["mode"] == "tensor" else ():
+        torch.nn.utils.clip_grad_norm_([parameter], clip["value"])
+
+
+def adamw() -> type[Any]:
+    """AdamW whose groups record what they were given and which does what `plan` says."""
+    import torch
+
+    class AdamW(torch.optim.Optimizer):  # type: ignore[misc]
+        def __init__(self, params: Any, plan: Mapping[str, Any], **options: Any) -> None:
+            self.plan, self.made = plan, 0
+            super().__init__(params, options)
+
+        @torch.no_grad()  # type: ignore[untyped-decorator]
+        def step(self, closure: Any = None) -> None:
+            self.made += 1
+            for group in self.param_groups:
+                for number, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None:
+                        self._update(parameter, group, number)
+
+        def _update(self, p: Any, group: Mapping[str, Any], number: int) -> None:
+            plan, state = self.plan, self.state[p]
+            if not state or (self.made == plan.get("reset_at") and number in plan.get("numbers", [number])):
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] += 1
+            t, g, lr = float(state["step"]), p.grad, group["lr"] * plan.get("lr", 1.0)
+            beta1, beta2 = plan.get("beta1", group["betas"][0]), plan.get("beta2", group["betas"][1])
+            eps, place = plan.get("eps", group["eps"]), plan.get("eps_place", "outside")
+            decay = plan.get("decay", group["weight_decay"]) if number in plan.get("decayed", [number]) else 0.0
+            if plan.get("coupled"):
+                g = g + decay * p
+            else:
+                p.mul_(1 - lr * decay)
+            m, v = state["exp_avg"], state["exp_avg_sq"]
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            c1, c2 = 1 - beta1**t, 1 - beta2**t
+            if place == "outside":
+                root = (v / c2).sqrt() + eps
+            elif place == "inside":
+                root = (v / c2 + eps).sqrt()
+            else:
+                root = (v.sqrt() + eps) / c2**0.5
+            p.addcdiv_(m / c1, root, value=-lr)
+            if self.made == plan.get("element_at") and number == plan["element"]:
+                p.view(-1)[plan["flat"]] += plan["by"]
+
+    return AdamW
