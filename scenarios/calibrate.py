@@ -6,7 +6,7 @@ the distance between the two sides' inputs.  The tolerance is the tightest line 
 
     base + per_input * distance      least mean logarithm among the edges of their upper hull
 
-times a safety factor, rounded up to one digit.  Parameters get a base only: a normalising optimizer turns the noise of a
+times a safety factor, rounded up to two digits.  Parameters get a base only: a normalising optimizer turns the noise of a
 gradient into parameter noise however close its inputs were.  A point whose tolerance would be 1 or more, or whose inputs
 are further apart than the phase's `bound`, is judged by nobody and is left out.  `bound` and the [replay] and [exact]
 tables follow from the formats and are not touched; the worst replay margin is written into the header as a check on them.
@@ -15,6 +15,7 @@ tables follow from the formats and are not touched; the worst replay margin is w
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import sys
@@ -23,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 import numpy as np
@@ -37,14 +38,16 @@ from differ.options import Measurement
 from differ.policy import DEFAULTS, Tolerance, default_policy
 from scenarios.launch import Arm, record
 from tracer._version import VERSION
-from tracer.dtypes import is_float
-from tracer.errors import TraceError
+from tracer.dtypes import BFLOAT16, is_float
+from tracer.errors import BadUsage, TraceError
 from tracer.names import split_state_name
 from tracer.reader import Trace, open_trace
 from tracer.schema import Phase
 
 MODELS: Final = ("tiny-llama", "tiny-gemma3-64")
 SAFETY: Final = 4.0
+# In half precision the noise itself is a fifth of a gradient: four times that would judge nothing.
+SAFETY_HALF: Final = 2.0
 # Judged by the model's inputs, through the engine; the rest is replayed there, so it is measured across sides here.
 _MODEL_PHASES: Final = (Phase.LOSS, Phase.GRAD)
 _ACROSS: Final = (Phase.CLIPPED_GRAD, Phase.OPT_STATE, Phase.PARAM)
@@ -83,53 +86,110 @@ class Fit:
     points: int
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure, and by how much to exceed it."""
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    models: tuple[str, ...] = MODELS
+    seeds: int = 2
+    rates: tuple[float, ...] = (1e-4, 2e-3)
+    steps: int = 10
+    safety: float = SAFETY
+    safety_half: float = SAFETY_HALF
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """Settings of each pair."""
+        return [
+            {
+                "model.name": model,
+                "model.dtype": dtype,
+                "train.steps": self.steps,
+                "train.seed": seed,
+                "data.seed": seed,
+                "optimizer.lr": rate,
+            }
+            for dtype, model, seed, rate in itertools.product(self.dtypes, self.models, range(self.seeds), self.rates)
+        ]
+
+    def factor(self, dtype: str) -> float:
+        """Safety factor of a dtype."""
+        return self.safety_half if dtype in ("float16", BFLOAT16) else self.safety
+
+    def header(self, measured: Measured) -> list[str]:
+        """Comment lines that say how the numbers were got; they end with `_END`."""
+        given = [f"--{name} {value}" for name, value in self._options()]
+        margins = ", ".join(f"{dtype} {margin:.2g}" for dtype, margin in sorted(measured.replay.items()))
+        return [
+            _START + " ".join(["python -m scenarios.calibrate", *given]),
+            f"#   steptrace {VERSION}; {measured.pairs} pairs torch / mlx, shared adapters and batches, {self.steps} steps:",
+            f"#   {', '.join(self.models)}; seeds 0–{self.seeds - 1}; lr {', '.join(f'{rate:g}' for rate in self.rates)}",
+            f"#   safety factor {self.safety:g}, in half precision {self.safety_half:g}",
+            f"#   worst replay margin (of 1): {margins or 'none'}",
+            _END,
+        ]
+
+    def _options(self) -> Iterator[tuple[str, object]]:
+        """Options that differ from the defaults, as on the command line."""
+        plain = Plan()
+        for name, many in (("dtype", "dtypes"), ("model", "models"), ("lr", "rates")):
+            if getattr(self, many) != getattr(plain, many):
+                yield from ((name, value) for value in getattr(self, many))
+        for name in ("seeds", "steps", "safety", "safety_half"):
+            if getattr(self, name) != getattr(plain, name):
+                yield name.replace("_", "-"), getattr(self, name)
+
+
 @click.command()
-@click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16", "float16"), show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, default=Plan().dtypes, show_default=True)
 @click.option("--model", "models", multiple=True, default=MODELS, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="Number of seeds, from 0.")
 @click.option("--lr", "rates", multiple=True, type=float, default=(1e-4, 2e-3), show_default=True)
 @click.option("--steps", type=click.IntRange(2), default=10, show_default=True)
 @click.option("--safety", type=click.FloatRange(1), default=SAFETY, show_default=True, help="Factor over the measured.")
+@click.option(
+    "--safety-half", type=click.FloatRange(1), default=SAFETY_HALF, show_default=True, help="In half precision."
+)
+@click.option("--points", type=click.Path(path_type=Path), help="Keep what was measured here, or use it if it exists.")
 @click.option("--output", type=click.Path(path_type=Path), default=DEFAULTS, help="Default: differ/defaults.toml.")
 @click.option("--dry-run", is_flag=True, help="Print the table and write nothing.")
-def main(
-    dtypes: tuple[str, ...],
-    models: tuple[str, ...],
-    seeds: int,
-    rates: tuple[float, ...],
-    steps: int,
-    safety: float,
-    output: Path,
-    dry_run: bool,
-) -> None:
+def main(output: Path, points: Path | None, dry_run: bool, **options: Any) -> None:
     """Measure the default tolerances on this machine and write them down."""
+    plan = Plan(**options)
     try:
-        measured = Measured()
-        for dtype, model, seed, rate in itertools.product(dtypes, models, range(seeds), rates):
-            settings = {
-                "model.name": model,
-                "model.dtype": dtype,
-                "train.steps": steps,
-                "train.seed": seed,
-                "data.seed": seed,
-                "optimizer.lr": rate,
-            }
-            measure_pair(settings, measured)
-            click.echo(f"measured {dtype} {model} seed {seed} lr {rate:g}", err=True)
+        measured = _measure_or_load(plan, points)
     except TraceError as error:
         click.echo(f"trace: {error.line()}", err=True)
         sys.exit(error.exit_code)
-    fits = {k: fit(v, safety, _bound(k), flat=k[0] in _FLAT) for k, v in sorted(measured.points.items())}
+    fits = {
+        key: fit(found, plan.factor(key[1]), _bound(key), flat=key[0] in _FLAT)
+        for key, found in sorted(measured.points.items())
+    }
     for (phase, dtype), found in fits.items():
         slope = "-" if found.per_input is None else f"{found.per_input:g}"
-        click.echo(f"{phase:<13}{dtype:<9} base {found.base:<7g} per_input {slope:<6} {_comment(found)}")
-    arguments = " ".join(sys.argv[1:])
-    header = _header(
-        f"python -m scenarios.calibrate {arguments}".strip(), measured, models, seeds, rates, steps, safety
-    )
+        click.echo(f"{phase:<13}{dtype:<9} base {found.base:<8g} per_input {slope:<7} {_comment(found)}")
     if not dry_run:
-        output.write_text(rewrite(output.read_text("utf-8"), fits, header), "utf-8")
+        output.write_text(rewrite(output.read_text("utf-8"), fits, plan.header(measured)), "utf-8")
         click.echo(f"wrote {output}", err=True)
+
+
+def _measure_or_load(plan: Plan, file: Path | None) -> Measured:
+    key = json.dumps(plan.pairs())
+    if file is not None and file.exists():
+        kept = json.loads(file.read_text("utf-8"))
+        if kept["plan"] != key:
+            raise BadUsage(f"{file} was measured with other options", "remove it, or give the options it was made with")
+        points = {(phase, dtype): [Point(*p) for p in found] for phase, dtype, found in kept["points"]}
+        return Measured(points, kept["replay"], kept["pairs"])
+    measured = Measured()
+    for settings in plan.pairs():
+        measure_pair(settings, measured)
+        click.echo("measured " + ", ".join(f"{k} {v}" for k, v in settings.items()), err=True)
+    if file is not None:
+        found = [[*key, [[p.observed, p.distance] for p in points]] for key, points in measured.points.items()]
+        kept = {"plan": key, "points": found, "replay": measured.replay, "pairs": measured.pairs}
+        file.write_text(json.dumps(kept), "utf-8")
+    return measured
 
 
 def measure_pair(settings: Mapping[str, object], into: Measured) -> None:
@@ -217,11 +277,11 @@ def _turns_up(a: Point, b: Point, c: Point) -> bool:
 
 
 def round_up(value: float) -> float:
-    """The next number with one significant digit; 0 stays 0."""
+    """The next number with two significant digits; 0 stays 0."""
     if value <= 0.0:
         return 0.0
-    unit = 10.0 ** math.floor(math.log10(value))
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.0e}")
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.1e}")
 
 
 def _bound(key: tuple[str, str]) -> float:
@@ -262,25 +322,6 @@ def _replaced(line: str, found: Fit) -> str:
 
 def _comment(found: Fit) -> str:
     return f"measured {found.measured_base:.1e}, {found.measured_slope:.1e} ({found.points} records)"
-
-
-def _header(
-    command: str,
-    measured: Measured,
-    models: Sequence[str],
-    seeds: int,
-    rates: Sequence[float],
-    steps: int,
-    safety: float,
-) -> list[str]:
-    margins = ", ".join(f"{dtype} {margin:.2g}" for dtype, margin in sorted(measured.replay.items()))
-    return [
-        f"{_START}{command}",
-        f"#   steptrace {VERSION}; {measured.pairs} pairs torch / mlx, shared adapters and batches, {steps} steps each:",
-        f"#   {', '.join(models)}; seeds 0–{seeds - 1}; lr {', '.join(f'{rate:g}' for rate in rates)}",
-        f"#   safety factor {safety:g}; worst replay margin (of 1): {margins or 'none'}",
-        _END,
-    ]
 
 
 if __name__ == "__main__":

@@ -44,9 +44,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_run_leaves_every_step_before_and_diff_says_what_is_missing(tmp_path: Path, whole: Path) -> None:
     output = tmp_path / "killed.h5"
     process = start(output, steps=20_000)
-    wait_for_steps(output, 5)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    try:
+        wait_for_steps(output, 5)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     with open_trace(output) as killed:
         last = killed.last_step
         assert last >= 5

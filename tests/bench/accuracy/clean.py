@@ -1,0 +1,91 @@
+"""Clean pairs: runs of the same training that differ in how it is computed only, and must not be called different.
+
+Every group has one set of settings and the same runs of it: PyTorch, again with two threads, HF Trainer, MLX eager, MLX
+compiled, mlx-lm's trainer, all from the adapters and batches of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from tests.bench.accuracy.arms import Arm
+
+
+@dataclass(frozen=True)
+class Clean:
+    """One pair that agrees.  `noise`: the twins of either side, for `--noise`."""
+
+    id: str
+    kind: str
+    group: str
+    a: Arm
+    b: Arm
+    noise: tuple[Arm, ...]
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return (self.a, self.b, *self.noise)
+
+
+_SHORT: Final[Mapping[str, Any]] = {"train.steps": 4}
+_SMALL: Final[Mapping[str, Any]] = {"lora.rank": 4, "lora.targets": ["q_proj", "v_proj"]}
+_HALF: Final = {"lora.targets": ["q_proj", "v_proj"], "lora.rank": 4}
+
+GROUPS: Final[dict[str, Mapping[str, Any]]] = {
+    "defaults": {},
+    **{f"seed {seed}": {"train.seed": seed, "data.seed": seed} for seed in (1, 2, 3)},
+    "lr 2e-3, cosine": {"optimizer.lr": 2e-3, "optimizer.schedule": "cosine", "train.steps": 6},
+    "lr 1e-4, warm-up": {"optimizer.lr": 1e-4, "optimizer.warmup": 2, "optimizer.schedule": "linear"},
+    "weight decay": {"optimizer.weight_decay": 0.05},
+    "sgd": {"optimizer.name": "sgd", "optimizer.lr": 0.1},
+    "adam": {"optimizer.name": "adam"},
+    "no bias correction": {"optimizer.bias_correction": False},
+    "betas 0.8, 0.95, eps 1e-6": {"optimizer.betas": [0.8, 0.95], "optimizer.eps": 1e-6},
+    "clip by norm": {"clip.mode": "norm", "clip.value": 0.1},
+    "clip by value": {"clip.mode": "value", "clip.value": 0.01},
+    "rows of 48, batch 4": {"data.row_length": 48, "train.batch": 4},
+    "equal rows, batch 1": {"data.variable": False, "data.row_length": 16, "train.batch": 1},
+    "accumulation": {"train.accumulation": 2, "data.variable": False},
+    "rank 2, q and v": {"lora.rank": 2, "lora.targets": ["q_proj", "v_proj"]},
+    "last 2 layers": {"lora.layers": 2},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "bfloat16, seed 4, lr 2e-3": {"model.dtype": "bfloat16", "train.seed": 4, "data.seed": 4, "optimizer.lr": 2e-3},
+    "float16": {"model.dtype": "float16"},
+    "gemma": {"model.name": "tiny-gemma3-64", **_SMALL},
+}
+
+
+def all_clean() -> list[Clean]:
+    """Every clean pair."""
+    return [pair for name in GROUPS for pair in _group(name)]
+
+
+def _group(name: str) -> Iterator[Clean]:
+    settings = {**_SHORT, **GROUPS[name]}
+    torch = Arm("torch", settings)
+
+    def fed(path: str, **more: Any) -> Arm:
+        return Arm(path, {**settings, **more}, source=torch)
+
+    eager, compiled = fed("mlx", **{"train.compile": False}), fed("mlx")
+    other = {
+        "torch / mlx eager": (torch, eager),
+        "torch / mlx compiled": (torch, compiled),
+        "mlx eager / compiled": (eager, compiled),
+        "torch / hf-trainer": (torch, fed("hf-trainer")),
+        "mlx / mlx-lm": (compiled, fed("mlx-lm")),
+        "torch, 1 / 2 threads": (torch, replace(torch, threads=2)),
+    }
+    for kind, (a, b) in other.items():
+        if kind == "torch / hf-trainer" and not settings.get("optimizer.bias_correction", True):
+            continue  # its own optimizer, which is the path's, not the library's
+        twins = tuple(dict.fromkeys(replace(arm, twin=1, threads=1) for arm in (a, b)).keys()) if False else _twins(a, b)
+        yield Clean(f"{name}: {kind}", kind, name, a, b, twins)
+
+
+def _twins(a: Arm, b: Arm) -> tuple[Arm, ...]:
+    """A rounding twin of each side, one where both sides are the same run on another number of threads."""
+    found = {arm.key: arm for arm in (replace(side, twin=1, threads=1) for side in (a, b))}
+    return tuple(found.values())
