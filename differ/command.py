@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import click
 
 from differ.completion import complete_phases
 from differ.publish import Destination, DestinationType, check, publish_github, write_reports
-from differ.reporters import FORMATS, Style, draws_series, reporter
+from differ.reporters import FORMATS, draws_series, reporter
 from differ.result import DiffResult
+from differ.terminal import progress, style
 from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceError
 
 
@@ -98,7 +98,8 @@ def diff(
         noise=noise,
         series=any(draws_series(kind) for kind in (form, *(report.kind for report in reports))),
     )
-    result = compare(a, b, options)
+    with progress("comparing", quiet=quiet) as report:
+        result = compare(a, b, replace(options, progress=report))
     _publish(result, form, reports, quiet=quiet)
     if exit_zero and result.verdict is Verdict.DIVERGED:
         ctx.exit(0)
@@ -118,19 +119,14 @@ def _publish(result: DiffResult, form: str, reports: tuple[Destination, ...], *,
     if form == "github":
         publish_github(result)
     if not quiet:
-        style = Style(width=shutil.get_terminal_size((100, 24)).columns, colour=_colour())
+        look = style()
         if form == "github":
-            click.echo(reporter(form)(result, style), nl=False, err=True)
-        click.echo(reporter("text" if form == "github" else form)(result, style), nl=False, color=style.colour)
+            click.echo(reporter(form)(result, look), nl=False, err=True)
+        click.echo(reporter("text" if form == "github" else form)(result, look), nl=False, color=look.colour)
         for line in wrote:
             click.echo(line, err=True)
     if failure is not None:
         raise failure
-
-
-def _colour() -> bool:
-    """Colour only on a real terminal; NO_COLOR wins over everything."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _rules(path: Path | None) -> Any:

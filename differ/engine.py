@@ -74,16 +74,21 @@ class _Engine:
         self._note_phases()
         note_fingerprints(self.session)
         end = self._common_end()
-        for step in sorted({*self.a.steps, *self.b.steps}):
-            if not self.options.wants_step(step):
-                continue
+        steps = [step for step in sorted({*self.a.steps, *self.b.steps}) if self.options.wants_step(step)]
+        for done, step in enumerate(steps):
+            self._tell_progress(done, len(steps))
             if step > end:
                 self._count_rest(step)
             elif step in self.a.steps and step in self.b.steps:
                 self._compare_step(step)
             else:
                 self._find_missing_step(step)
+        self._tell_progress(len(steps), len(steps))
         return self._result()
+
+    def _tell_progress(self, done: int, total: int) -> None:
+        if self.options.progress is not None:
+            self.options.progress(done, total)
 
     def _compare_step(self, step: int) -> None:
         self.session.step_blocked = False

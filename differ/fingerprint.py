@@ -15,7 +15,7 @@ from typing import Final
 
 from differ.compare import Distance
 from differ.estimate import has_sketch, is_trainable, row_distance
-from differ.judges.model import batch_loss, input_distance, noise_floor
+from differ.judges.model import allowance, batch_loss, noise_floor
 from differ.result import Cause, Finding, Kind
 from differ.session import RowPair, Session
 from tracer.dtypes import is_float
@@ -123,16 +123,11 @@ def _allowed(session: Session, pair: RowPair, name: str) -> tuple[float | None, 
         same = pair.a.entry(name).dtype == pair.b.entry(name).dtype
         return (0.0 if same and tolerance.base == 0.0 else max(SLACK * tolerance.base, FLOOR)), 0.0, 0.0
     parameter = split_state_name(name)[0] if pair.phase is Phase.OPT_STATE else name
-    inputs = session.inputs.before(pair.step + 1 if pair.phase is Phase.EVAL else pair.step)
-    apart = input_distance(pair.phase, parameter, inputs, tolerance)
-    allowed, floor = tolerance.at(apart), 0.0
-    if pair.phase in MODEL:
-        floor = noise_floor(pair)
-    if pair.phase is Phase.GRAD:
-        allowed += (1.0 / batch_loss(session, pair.step) - 1.0) * tolerance.base
-    if apart > tolerance.bound or allowed >= 1.0:
-        return None, apart, floor
-    return max(SLACK * allowed, FLOOR), apart, floor
+    amplify = 1.0 / batch_loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
+    granted = allowance(session, pair, name, parameter=parameter, amplify=amplify)
+    floor = noise_floor(pair) if pair.phase in MODEL else 0.0
+    allowed = max(SLACK * granted.error, FLOOR) if granted.judges else None
+    return allowed, granted.distance, floor
 
 
 def _find_untrained(session: Session, pair: RowPair, name: str) -> bool:

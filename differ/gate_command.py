@@ -6,12 +6,10 @@ answer, else 1 if any diverged (or its baseline was rewritten), else 0.
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +17,11 @@ import click
 
 from differ import baseline as baselines
 from differ.gate import Gate, find_project, load_gates, record
+from differ.options import DiffOptions
 from differ.publish import publish_github
-from differ.reporters import FORMATS, Style, draws_series, reporter
+from differ.reporters import FORMATS, draws_series, reporter
 from differ.result import DiffResult, Verdict
+from differ.terminal import Report, progress, style
 from tracer.errors import BadUsage, TraceError
 
 NO_ANSWER: Final = 2
@@ -104,21 +104,24 @@ def gate(
             f"--format {form} holds one comparison, and there are {len(chosen)} gates", "name one, or use --artifacts"
         )
     shown = Shown(form, artifacts)
-    outcomes = [_run(one, shown, update=update) for one in chosen]
+    outcomes = []
+    for number, one in enumerate(chosen, 1):
+        place = f" ({number} of {len(chosen)})" if len(chosen) > 1 else ""
+        outcomes.append(_run(one, shown, place, update=update))
     _tell_github(form, outcomes)
     for stray in baselines.unused([one.baseline for one in gates.values()]):
         _say(f"unused baseline: {_short(stray)} is beside the others, and no gate names it")
     ctx.exit(_summary(chosen, outcomes))
 
 
-def _run(one: Gate, shown: Shown, *, update: bool) -> Outcome:
-    """Record one gate, compare it, report.  An error is told and counts as no answer."""
+def _run(one: Gate, shown: Shown, place: str, *, update: bool) -> Outcome:
+    """Record one gate, compare it, report.  An error is told and counts as no answer.  `place`: which of them it is."""
     with tempfile.TemporaryDirectory(prefix="trace-gate-") as folder:
         trace, log = Path(folder, "run.h5"), Path(folder, "run.log")
         try:
             if not update:
                 one.require_baseline()
-            _say(f"gate {one.name}: recording {' '.join(one.program).removeprefix('-- ')}")
+            _say(f"gate {one.name}{place}: recording {' '.join(one.program).removeprefix('-- ')}")
             record(one, trace, log)
             return _update(one, trace, shown) if update else _compare(one, trace, shown)
         except TraceError as error:
@@ -129,7 +132,8 @@ def _run(one: Gate, shown: Shown, *, update: bool) -> Outcome:
 
 
 def _compare(one: Gate, trace: Path, shown: Shown) -> Outcome:
-    result = baselines.compare(one.baseline, trace, one.options(series=shown.series))
+    with progress(f"comparing gate {one.name}") as report:
+        result = baselines.compare(one.baseline, trace, _options(one, shown, report))
     if result.verdict is not Verdict.SAME and shown.artifacts is not None:
         for line in baselines.keep(result, trace, shown.artifacts, one.name):
             _say(line)
@@ -139,7 +143,9 @@ def _compare(one: Gate, trace: Path, shown: Shown) -> Outcome:
 
 
 def _update(one: Gate, trace: Path, shown: Shown) -> Outcome:
-    updated = baselines.update(one.baseline, trace, one.options(series=shown.series), fingerprint=one.fingerprint)
+    with progress(f"comparing gate {one.name}") as report:
+        options = _options(one, shown, report)
+        updated = baselines.update(one.baseline, trace, options, fingerprint=one.fingerprint)
     if not updated.why:
         _say(f"gate {one.name}: nothing changed, {_short(one.baseline)} stays as it is")
         return Outcome(0, updated.result)
@@ -150,13 +156,16 @@ def _update(one: Gate, trace: Path, shown: Shown) -> Outcome:
     return Outcome(Verdict.DIVERGED.exit_code, updated.result)
 
 
+def _options(one: Gate, shown: Shown, report: Report | None) -> DiffOptions:
+    return replace(one.options(series=shown.series), progress=report)
+
+
 def _report(one: Gate, result: DiffResult, shown: Shown) -> None:
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    style = Style(width=shutil.get_terminal_size((100, 24)).columns, colour=colour)
+    look = style()
     if shown.form == "github":
-        click.echo(reporter("github")(result, style), nl=False, err=True)
+        click.echo(reporter("github")(result, look), nl=False, err=True)
     form = "text" if shown.form == "github" else shown.form
-    click.echo(reporter(form)(result, style), nl=False, color=colour)
+    click.echo(reporter(form)(result, look), nl=False, color=look.colour)
     if form == "text":
         click.echo(f"  gate     {one.name}: a is the baseline {_short(one.baseline)}, b is this run")
 

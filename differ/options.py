@@ -38,6 +38,7 @@ class DiffOptions:
     inclusive range, `phases` a choice: what they leave out is neither judged nor counted, but it is still read where
     a replay or a distance between inputs needs it.  `probe` is called with every judged record, for calibration.
     `noise`: twins of either side, whose distance from it is the noise floor.
+    `progress` is called with the number of steps done and their total, before the first and after each.
     `series` asks for what the drawn reports need (`DiffResult.series`); it never changes the verdict.
     """
 
@@ -50,6 +51,7 @@ class DiffOptions:
     probe: Callable[[Measurement], None] | None = None
     series: bool = False
     noise: tuple[str | os.PathLike[str], ...] = ()
+    progress: Callable[[int, int], None] | None = None
 
     def wants_step(self, step: int) -> bool:
         """Whether a step is in the chosen range; step 0 only if the range says so."""

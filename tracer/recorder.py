@@ -31,6 +31,9 @@ from tracer.writer import TraceWriter
 # Steps that may wait for the disk; one more makes the run wait, so that memory stays bounded.
 QUEUE_STEPS: Final = 4
 
+# Why a trace ends that was ended by Ctrl-C.
+INTERRUPTED: Final = "interrupted"
+
 # Recorded unless --what says otherwise; `forward` costs as much as the model and is asked for by name.
 DEFAULT_PHASES: Final = frozenset(phase for phase in Phase if phase is not Phase.FORWARD)
 
@@ -159,17 +162,24 @@ class Recorder:
         """Stop recording; the run goes on and the file keeps what it has."""
         self._fail(reason)
 
+    def interrupt(self) -> None:
+        """Note that the run was interrupted: the file says that it is unfinished.  Prints nothing."""
+        self._flush_logged()
+        self.failure = self.failure or INTERRUPTED
+
     def close(self) -> None:
         """Finish the file.  Raises NothingRecorded if the run made no optimizer step; safe to call twice."""
         if self._closed or os.getpid() != self._pid:
             return
+        error = sys.exc_info()[0]
+        if error is not None and issubclass(error, KeyboardInterrupt):
+            self.interrupt()
         self._flush_logged()
         self._closed = True
-        interrupted = sys.exc_info()[0] is not None
         failure = self._writer.close(self.failure)
         if failure and not self.failure:
             self._fail(failure)
-        if not self.steps_recorded and not self.failure and not interrupted:
+        if not self.steps_recorded and not self.failure and error is None:
             raise NothingRecorded(
                 f"{self.path.name}: the program ended without an optimizer step that could be seen",
                 "a step compiled before recording began, or run in another process, cannot be recorded",

@@ -18,7 +18,9 @@ from differ.policy import load_policy
 from tests.builders import FAULTS, make_trace
 from tests.tracer.test_cli import trace as command
 from tracer.errors import BadConfig, BadUsage
+from tracer.reader import open_trace
 from tracer.schema import Phase
+from tracer.shrink import shrink
 
 FOLDER = Path(tempfile.mkdtemp(prefix="noise-"))
 EXAMPLES = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -107,6 +109,18 @@ def test_a_side_that_no_longer_trains_as_its_twin_did_is_a_divergence_and_no_err
     result = diff(made(None, 0.0), made("init_draw", LOUD), DiffOptions(noise=twins(1)))
     assert result.first is not None
     assert result.first.phase == "init"
+
+
+def test_fingerprints_are_judged_by_the_noise_of_fingerprints_too(tmp_path: Path) -> None:
+    small = []
+    for path in (made(None, LOUD), *twins(1, 2)):
+        with open_trace(path) as whole:
+            shrink(whole, tmp_path / path.name)
+        small.append(tmp_path / path.name)
+    b, *noise = small
+
+    assert diff(made(None, 0.0), b).verdict is Verdict.DIVERGED
+    assert diff(made(None, 0.0), b, DiffOptions(noise=tuple(noise))).verdict is Verdict.SAME
 
 
 @pytest.mark.parametrize("other", [{"observed": {"framework": "torch"}}, {"base_dtype": "bfloat16"}])

@@ -1,15 +1,17 @@
 """`trace`: a group of commands that are known by name and imported when called.
 
 `main` is the only place that prints an error and chooses an exit code for it: 0 same, 1 diverged and nothing
-else, 2 no answer, 130 Ctrl-C.  click's own 1 for Ctrl-C and a closed pipe becomes 130 and 2.
+else, 2 no answer, 130 Ctrl-C.  Ctrl-C and a closed pipe never reach click, which would print lines of its own and exit 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from typing import Any, Final, NoReturn
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn, TextIO
 
 import click
 
@@ -33,8 +35,26 @@ EXIT_NO_ANSWER: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
 
+class _Interrupted(Exception):
+    """Ctrl-C, on its way past click."""
+
+
+class _Unwritable(Exception):
+    """Standard output or error took no more: a closed pipe, a full disk."""
+
+
 class LazyGroup(click.Group):
     """A click group whose commands are imported on first use."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the arguments; `--help` and completion print here."""
+        with _past_click():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        with _past_click():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Command names in the order of COMMANDS."""
@@ -54,6 +74,16 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
+@contextlib.contextmanager
+def _past_click() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort) as error:
+        raise _Interrupted from error
+    except BrokenPipeError as error:
+        raise _Unwritable from error
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name=DISTRIBUTION)
 def trace() -> None:
@@ -71,31 +101,66 @@ def trace() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
+    _open_streams()
+    code: Any = EXIT_NO_ANSWER
     try:
-        code: Any = trace.main(arguments, prog_name="trace", standalone_mode=False)
-        sys.stdout.flush()
+        code = _run(arguments)
+    except KeyboardInterrupt:
+        code = _interrupted()
+    except OSError:
+        pass  # the line that says what went wrong could not be written either
+    if not (_settled(sys.stdout) & _settled(sys.stderr)) and code in (0, 1):
+        code = EXIT_NO_ANSWER
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run(arguments: list[str] | None) -> Any:
+    """Run a command; its exit code.  Prints an error's line; raises OSError where that cannot be written."""
+    try:
+        return trace.main(arguments, prog_name="trace", standalone_mode=False)
     except TraceError as error:
-        code = _complain(error.line(), error.exit_code)
+        return _complain(error.line(), error.exit_code)
     except click.ClickException as error:
         error.show(sys.stderr)
-        code = EXIT_NO_ANSWER
-    except (click.Abort, KeyboardInterrupt):
-        code = _complain("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; don't let the interpreter complain about it while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_NO_ANSWER
+        return EXIT_NO_ANSWER
+    except (_Interrupted, click.Abort):
+        return _interrupted()
+    except _Unwritable:
+        # Whoever read our output has seen enough.
+        return EXIT_NO_ANSWER
     except Exception as error:
         if os.environ.get("STEPTRACE_DEBUG"):
             raise
-        code = _complain(
+        return _complain(
             f"internal error: {type(error).__name__}: {' '.join(str(error).split())}; "
             "set STEPTRACE_DEBUG=1 for a traceback, and report it [internal]",
             EXIT_NO_ANSWER,
         )
-    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(line: str, code: int) -> int:
-    print(f"trace: {line}", file=sys.stderr)
+def _open_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) ones that lead nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
+
+
+def _settled(stream: TextIO) -> bool:
+    """Write what a stream still holds; if it takes no more, lead it nowhere, or the interpreter would exit with 120."""
+    try:
+        stream.flush()
+        return True
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+
+
+def _interrupted() -> int:
+    # A terminal shows ^C where the cursor was: the line begins below.
+    return _complain("interrupted", EXIT_INTERRUPTED, start="\n" * sys.stderr.isatty())
+
+
+def _complain(line: str, code: int, start: str = "") -> int:
+    print(f"{start}trace: {line}", file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -27,6 +28,10 @@ from tracer.errors import BadUsage, NotFound, NothingRecorded
 from tracer.perturb import Perturbation
 from tracer.recorder import DEFAULT_PHASES, recording
 
+EXIT_INTERRUPTED: Final = 130
+# How long a program of its own process may take to end after Ctrl-C before it is told by us, seconds.  In a terminal it
+# was told when we were.
+GRACE: Final = 2.0
 _PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
 
 
@@ -145,18 +150,20 @@ def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]
             twin=options["twin"],
         ) as recorder:
             code = _exit_code(start)
-            sys.stdout.flush()
+            if code == EXIT_INTERRUPTED:
+                recorder.interrupt()
+        sys.stdout.flush()
     except NothingRecorded as error:
         if code == 0:
             raise
         # The program failed before it could train: its own exit code says more than ours.
         print(f"trace: {error.line()}", file=sys.stderr)
         return code
-    if options["fingerprint"]:
+    if options["fingerprint"] and recorder.steps_recorded:
         from tracer.shrink import shrink_in_place
 
         shrink_in_place(recorder.path)
-    _report(recorder.path, recorder.steps_recorded)
+    _report(recorder.path, recorder.steps_recorded, interrupted=code == EXIT_INTERRUPTED)
     return code
 
 
@@ -206,7 +213,24 @@ def _in_process_of_its_own(
         command += ["--perturb-base"] * twin.base
     if python != sys.executable and subprocess.run([python, "-c", "import tracer"], capture_output=True).returncode:
         raise BadUsage(f"{python} cannot import the recorder", f"{python} -m pip install steptrace")
-    return _shell_code(subprocess.run([*command, "--", *program], env={**os.environ, **environment}).returncode)
+    return _shell_code(_wait(subprocess.Popen([*command, "--", *program], env={**os.environ, **environment})))
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Exit code of a process.  After Ctrl-C it closes its trace and says so; a second one ends it."""
+    try:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            try:
+                return process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                return process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _shell_code(code: int) -> int:
@@ -285,7 +309,7 @@ def _exit_code(start: Callable[[], object]) -> int:
         print(stop.code, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     except BaseException as error:  # noqa: BLE001 - whatever the program dies of, the trace is closed properly
         traceback.print_exception(type(error), error, _own_frames(error.__traceback__))
         return 1
@@ -301,9 +325,10 @@ def _own_frames(at: TracebackType | None) -> TracebackType | None:
     return at
 
 
-def _report(path: Path, steps: int) -> None:
-    size = os.path.getsize(path)
-    print(f"trace: wrote {path}: {steps} step{'s' * (steps != 1)}, {human_bytes(size)}", file=sys.stderr)
+def _report(path: Path, steps: int, *, interrupted: bool) -> None:
+    size = human_bytes(os.path.getsize(path))
+    begun, end = ("interrupted, ", ", unfinished") if interrupted else ("", "")
+    print(f"trace: {begun}wrote {path}: {steps} step{'s' * (steps != 1)}, {size}{end}", file=sys.stderr)
 
 
 def human_bytes(count: float) -> str:

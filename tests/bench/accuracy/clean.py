@@ -31,7 +31,6 @@ class Clean:
 
 _SHORT: Final[Mapping[str, Any]] = {"train.steps": 4}
 _SMALL: Final[Mapping[str, Any]] = {"lora.rank": 4, "lora.targets": ["q_proj", "v_proj"]}
-_HALF: Final = {"lora.targets": ["q_proj", "v_proj"], "lora.rank": 4}
 
 GROUPS: Final[dict[str, Mapping[str, Any]]] = {
     "defaults": {},
@@ -81,8 +80,7 @@ def _group(name: str) -> Iterator[Clean]:
     for kind, (a, b) in other.items():
         if kind == "torch / hf-trainer" and not settings.get("optimizer.bias_correction", True):
             continue  # its own optimizer, which is the path's, not the library's
-        twins = tuple(dict.fromkeys(replace(arm, twin=1, threads=1) for arm in (a, b)).keys()) if False else _twins(a, b)
-        yield Clean(f"{name}: {kind}", kind, name, a, b, twins)
+        yield Clean(f"{name}: {kind}", kind, name, a, b, _twins(a, b))
 
 
 def _twins(a: Arm, b: Arm) -> tuple[Arm, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracer.reader import RowView, Trace, open_trace
-from tracer.schema import Record, Row, State
+from tracer.schema import Fingerprint, Record, Row, State
 from tracer.writer import TraceWriter
 
 Change = Callable[[Row], Row]
@@ -35,7 +35,10 @@ def _record(view: RowView, i: int) -> Record:
     if entry.alias_of:
         return Record(entry.name, None, entry.dtype, entry.shape, stored=False, alias_of=entry.alias_of, state=state, **shared)
     if not entry.stored or state in (State.NONE, State.UNRECORDED):
-        return Record(entry.name, None, entry.dtype, entry.shape, stored=False, state=state, **shared)
+        kept = Fingerprint(view.digests[i].tobytes(), view.stats[i])
+        return Record(
+            entry.name, None, entry.dtype, entry.shape, stored=entry.stored, state=state, fingerprint=kept, **shared
+        )
     return Record(entry.name, view.read(i).copy(), entry.dtype, entry.shape, **shared)
 
 

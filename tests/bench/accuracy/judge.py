@@ -100,8 +100,8 @@ def expected_names(fault: Fault, a: Path, b: Path) -> set[str]:
         for number in numbers:
             pair = [side.get(phase, fault.step, number) for side in rows]
             found |= _differing(*pair)
-    matched = {name for name in found if any(fnmatchcase(name, glob) for glob in fault.names)}
-    return {_parameter(fault.phase, name) for name in matched}
+    names = {_parameter(fault.phase, name) for name in found}
+    return {name for name in names if any(fnmatchcase(name, glob) for glob in fault.names)}
 
 
 def _differing(a: Row | None, b: Row | None) -> set[str]:

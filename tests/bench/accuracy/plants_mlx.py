@@ -110,18 +110,19 @@ def _clipping(kind: type[Any], clip: Mapping[str, Any]) -> type[Any]:
 def adamw(kind: type[Any], plan: Mapping[str, Any]) -> type[Any]:
     """MLX's AdamW, whose attributes say what it was given and which does what `plan` says."""
     import mlx.core as mx
-    from mlx.utils import tree_flatten
+
+    # Not attributes of the optimizer: numbers there are its settings to whoever looks.
+    tally = {"made": 0, "number": 0}
 
     class AdamW(kind):  # type: ignore[misc]
         def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-            self.__dict__["made"] = self.__dict__.get("made", 0) + 1
-            self.__dict__["number"] = 0
-            self.__dict__["count"] = len(tree_flatten(gradients))
+            tally["made"] += 1
+            tally["number"] = 0
             return super().apply_gradients(gradients, parameters)
 
         def apply_single(self, gradient: Any, parameter: Any, state: Any) -> Any:
-            number, made = self.__dict__["number"], self.__dict__["made"]
-            self.__dict__["number"] = number + 1
+            number, made = tally["number"], tally["made"]
+            tally["number"] += 1
             if made == plan.get("reset_at") and number in plan.get("numbers", [number]):
                 state["m"], state["v"] = mx.zeros_like(state["m"]), mx.zeros_like(state["v"])
             lr = self.learning_rate.astype(gradient.dtype) * plan.get("lr", 1.0)

@@ -189,7 +189,7 @@ def test_other_weights_than_those_two_are_no_mean_of_means(tmp_path: Path) -> No
     assert not causes(_accumulated(tmp_path, (11, 101), parts=True, weights=(0.7, 0.3)), "grad.mean_of_means")
 
 
-@pytest.mark.parametrize("both", [{}, {"scale": 4.0}, {"edit": NO_SCALE}], ids=str)
+@pytest.mark.parametrize("both", [{}, {"scale": 4.0}, {"edit": NO_SCALE}], ids=["plain", "scaled", "edited"])
 def test_two_runs_with_the_same_gradients_have_no_cause(both: dict[str, Any], compare: Compare) -> None:
     assert compare(**both).causes == ()
 
