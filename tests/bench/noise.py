@@ -51,7 +51,7 @@ class Line:
             else f", margin {worst.margin:.2f} at step {worst.step} {worst.phase}"
         )
         judged = f"{counts.compared:,} judged, {counts.propagated:,} propagated"
-        return f"{'ok ' if self.good else 'BAD'}  {self.what:<48}{said}{margin}; {judged}"
+        return f"{'ok ' if self.good else 'BAD'}  {self.what:<55}{said}{margin}; {judged}"
 
 
 def trace(*arguments: object) -> None:

@@ -22,7 +22,9 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[3]
 STEPS: Final = 5
-_MADE_BY: Final = ("tracer/**/*.py", "scenarios/**/*.py", "tests/bench/accuracy/pl*.py", "tests/bench/accuracy/program.py")
+_MADE_BY: Final = ("tracer/**/*.py", "scenarios/**/*.py", "tests/bench/accuracy/program.py")
+_PLANTED_BY: Final = ("tests/bench/accuracy/plants*.py",)
+_EDITED_BY: Final = ("tests/bench/accuracy/edits.py",)
 _PACKAGES: Final = ("torch", "transformers", "peft", "accelerate", "mlx", "mlx-lm", "numpy", "h5py")
 _IRRELEVANT: Final = ("tracer/cli", "scenarios/calibrate", "scenarios/catalogue", "scenarios/demo", "scenarios/selftest")
 
@@ -48,14 +50,15 @@ class Arm:
     def key(self) -> str:
         """Digest of everything that makes the trace."""
         source = self.source.key if self.source is not None else ""
-        parts = [self.path, self.settings, self.plan, source, self.fed, self.threads, self.twin, self.edit, made_by()]
+        parts = [self.path, self.settings, self.plan, source, self.fed, self.threads, self.twin, self.edit]
+        parts += [made_by(), *(made_by(g) for g, used in ((_PLANTED_BY, self.plan), (_EDITED_BY, self.edit)) if used)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 @cache
-def made_by() -> str:
+def made_by(globs: tuple[str, ...] = _MADE_BY) -> str:
     """Digest of the sources and packages that make a trace."""
-    return digest_of(_MADE_BY, [f"{name} {_version(name)}" for name in _PACKAGES])
+    return digest_of(globs, [f"{name} {_version(name)}" for name in _PACKAGES])
 
 
 def digest_of(globs: Iterable[str], words: Iterable[str] = ()) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,7 +32,6 @@ class Said:
     right: bool
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
-    seconds: float = 0.0
 
 
 class Kept:
@@ -43,11 +42,18 @@ class Kept:
         known = json.loads(file.read_text("utf-8")) if file.exists() else {}
         self._known: dict[str, Any] = known.get("answers", {}) if known.get("made_by") == self._made_by else {}
 
-    def get(self, key: str, ask: Callable[[], Any]) -> Any:
-        """A kept answer (JSON), or a new one."""
-        if key not in self._known:
-            self._known[key] = ask()
+    def has(self, key: str) -> bool:
+        """Whether an answer is kept."""
+        return key in self._known
+
+    def known(self, key: str) -> Any:
+        """A kept answer."""
         return self._known[key]
+
+    def keep(self, key: str, answer: Any) -> Any:
+        """Keep an answer, and give it back."""
+        self._known[key] = answer
+        return answer
 
     def save(self) -> None:
         """Write all answers."""
