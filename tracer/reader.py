@@ -16,19 +16,17 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from tracer import schema
 from tracer.dtypes import DTYPES
-from tracer.errors import Damaged, Empty, NewerFormat, NoPermission, NotATrace, NotFound, TraceError
+from tracer.errors import Damaged, Empty, NewerFormat, NotATrace
+from tracer.opening import RERECORD, check_readable, damage, open_hdf5
 from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
-
-SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 
 RowKey = tuple[Phase, int, int]
 
@@ -46,13 +44,13 @@ class Trace:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _check_readable(path)
+        check_readable(path)
         self._fd = os.open(path, os.O_RDONLY)
         self._tensor_bytes = 0
         self._file: Any = None
         try:
             self._size = os.fstat(self._fd).st_size
-            self._file = _open_hdf5(path, self._fd)
+            self._file = open_hdf5(path, self._fd)
             with damage(path, "its tables cannot be read"):
                 self._load()
         except BaseException:
@@ -75,7 +73,7 @@ class Trace:
             raise Empty(f"{self.path} has no committed step", "the run ended before its first step was complete")
         table = self._table(self._file[schema.STEPS])
         if not 0 < committed <= len(table):
-            raise Damaged(f"{self.path} is damaged: its counter says {committed} commits", _RERECORD)
+            raise Damaged(f"{self.path} is damaged: its counter says {committed} commits", RERECORD)
         table = table[:committed]
         self.steps: tuple[int, ...] = tuple(dict.fromkeys(int(step) for step in table["step"]))
         self._rows = self._find_rows()
@@ -104,13 +102,13 @@ class Trace:
             seal = schema.step_seal(seal, step, seals.pop((step, step in seen), []))
             seen.add(step)
             if seal != entry["seal"].tobytes():
-                raise Damaged(f"{self.path} is damaged: the seal of step {step} does not fit its rows", _RERECORD)
+                raise Damaged(f"{self.path} is damaged: the seal of step {step} does not fit its rows", RERECORD)
         # An `eval` row without its commit was being written when the run was cut off.
         for step, _ in seals:
             self._rows = {key: row for key, row in self._rows.items() if key[:2] != (Phase.EVAL, step)}
         end = self.end
         if end.get("finished") and end.get("commits") != len(table):
-            raise Damaged(f"{self.path} is damaged: it ended after {end.get('commits')} commits", _RERECORD)
+            raise Damaged(f"{self.path} is damaged: it ended after {end.get('commits')} commits", RERECORD)
 
     # What a trace says of itself.
 
@@ -214,7 +212,7 @@ class Trace:
         while len(data) < count:
             piece = os.pread(self._fd, count - len(data), offset + len(data))
             if not piece:
-                raise Damaged(f"{self.path} is damaged: it ends before byte {offset + count}", _RERECORD)
+                raise Damaged(f"{self.path} is damaged: it ends before byte {offset + count}", RERECORD)
             data += piece
         self._tensor_bytes += count
         return bytes(data)
@@ -222,7 +220,7 @@ class Trace:
     def _table(self, dataset: Any) -> npt.NDArray[Any]:
         """A whole small table; refuses one that claims to be larger than the file."""
         if math.prod(dataset.shape) * dataset.dtype.itemsize > self._size and dataset.compression is None:
-            raise Damaged(f"{self.path} is damaged: {dataset.name} claims to be larger than the file", _RERECORD)
+            raise Damaged(f"{self.path} is damaged: {dataset.name} claims to be larger than the file", RERECORD)
         table: npt.NDArray[Any] = dataset[...]
         return table
 
@@ -234,10 +232,10 @@ class Trace:
                 return {}
             text = bytes(dataset[()])
             if xxhash.xxh3_128_digest(np.bytes_(text)) != dataset.attrs["digest"].tobytes():
-                raise Damaged(f"{self.path} is damaged: its document {name} does not match its digest", _RERECORD)
+                raise Damaged(f"{self.path} is damaged: its document {name} does not match its digest", RERECORD)
             document = json.loads(text)
         if not isinstance(document, dict):
-            raise Damaged(f"{self.path} is damaged: its document {name} is not an object", _RERECORD)
+            raise Damaged(f"{self.path} is damaged: its document {name} is not an object", RERECORD)
         return document
 
 
@@ -261,7 +259,7 @@ class Layout:
             entries = tuple(IndexEntry.from_text([field.decode() for field in row]) for row in table.tolist())
             if len(entries) != self.records or schema.layout_digest(self.phase, entries) != self.digest:
                 raise Damaged(
-                    f"{self.trace.path} is damaged: an index of {self.phase.label} does not match its digest", _RERECORD
+                    f"{self.trace.path} is damaged: an index of {self.phase.label} does not match its digest", RERECORD
                 )
         return entries
 
@@ -278,7 +276,7 @@ class Layout:
         offset, size = self._places.get((name, row)) or self._place(name, row)
         if (start + count) * kind.itemsize > size:
             raise Damaged(
-                f"{self.trace.path} is damaged: {self.phase.label}/{name} is shorter than its index", _RERECORD
+                f"{self.trace.path} is damaged: {self.phase.label}/{name} is shorter than its index", RERECORD
             )
         return np.frombuffer(self.trace.pread(offset + start * kind.itemsize, count * kind.itemsize), kind)
 
@@ -294,7 +292,7 @@ class Layout:
                 or chunk.size != math.prod(dataset.shape[1:]) * dataset.id.get_type().get_size()
             ):
                 raise Damaged(
-                    f"{self.trace.path} is damaged: a row of {dataset.name} is not where it should be", _RERECORD
+                    f"{self.trace.path} is damaged: a row of {dataset.name} is not where it should be", RERECORD
                 )
             place = self._places[name, row] = (int(chunk.byte_offset), int(chunk.size))
         return place
@@ -322,7 +320,7 @@ class RowView:
         if seal != self.seal:
             raise Damaged(
                 f"{self.layout.trace.path} is damaged: the digests of {self.address()} do not match their seal",
-                _RERECORD,
+                RERECORD,
             )
         return states, digests
 
@@ -383,7 +381,7 @@ class RowView:
             if digest != self.digests[i].tobytes():
                 raise Damaged(
                     f"{self.layout.trace.path} is damaged: {entry.name} at {self.address()} does not match its digest",
-                    _RERECORD,
+                    RERECORD,
                 )
         return values.reshape(entry.shape)
 
@@ -412,7 +410,7 @@ class RowView:
         digest = layout.read_row(schema.SKETCH_DIGEST, self._position, f"V{schema.DIGEST_BYTES}", 0, 1)
         if digest[0].tobytes() != schema.sketch_digest(sketches.tobytes(), self.stats.tobytes()):
             raise Damaged(
-                f"{layout.trace.path} is damaged: sketches of {self.address()} do not match their digest", _RERECORD
+                f"{layout.trace.path} is damaged: sketches of {self.address()} do not match their digest", RERECORD
             )
         return sketches
 
@@ -431,44 +429,3 @@ class RowView:
             if row is None:
                 raise KeyError(entry.alias_of)
             return row, row.layout.positions[name]
-
-
-_RERECORD: Final = "`trace check` says what is left; record it again"
-
-
-@contextlib.contextmanager
-def damage(path: Path, what: str) -> Iterator[None]:
-    """Anything that HDF5, numpy or the decoder throws at damaged bytes becomes Damaged."""
-    try:
-        yield
-    except TraceError:
-        raise
-    except MemoryError as error:
-        raise Damaged(f"{path} is damaged: {what} (it asks for more memory than there is)", _RERECORD) from error
-    except Exception as error:
-        raise Damaged(f"{path} is damaged: {what} ({_first_line(error)})", _RERECORD) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        path.open("rb").close()
-    except IsADirectoryError as error:
-        raise NotFound(f"{path} is a folder, not a trace", "give the name of a file") from error
-    except FileNotFoundError as error:
-        raise NotFound(f"{path} does not exist", "check the name, or record it with `trace record`") from error
-    except PermissionError as error:
-        raise NoPermission(f"{path} may not be read", "mend its permissions (chmod u+r)") from error
-    except OSError as error:
-        raise NotFound(f"{path} cannot be opened: {error.strerror or error}", "check the name") from error
-
-
-def _open_hdf5(path: Path, fd: int) -> Any:
-    if os.pread(fd, len(SIGNATURE), 0) != SIGNATURE:
-        raise NotATrace(f"{path} is not an HDF5 file", "give a file that `trace record` wrote")
-    with damage(path, "HDF5 cannot open it"):
-        # No lock: a run that is still being recorded can be looked at, and the seals say if what was read is whole.
-        return h5py.File(path, "r", locking=False, rdcc_nbytes=0)

@@ -1,0 +1,57 @@
+"""Open a file that may be anything, and turn whatever HDF5 says about damaged bytes into one error of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+
+from tracer.errors import Damaged, NoPermission, NotATrace, NotFound, TraceError
+
+SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+# What to do about damage.
+RERECORD: Final = "`trace check` says what is left; record it again"
+
+
+@contextlib.contextmanager
+def damage(path: Path, what: str) -> Iterator[None]:
+    """Anything that HDF5, numpy or the decoder throws at damaged bytes becomes Damaged."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except MemoryError as error:
+        raise Damaged(f"{path} is damaged: {what} (it asks for more memory than there is)", RERECORD) from error
+    except Exception as error:
+        raise Damaged(f"{path} is damaged: {what} ({_first_line(error)})", RERECORD) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def check_readable(path: Path) -> None:
+    """Raise NotFound or NoPermission unless the file can be read."""
+    try:
+        path.open("rb").close()
+    except IsADirectoryError as error:
+        raise NotFound(f"{path} is a folder, not a trace", "give the name of a file") from error
+    except FileNotFoundError as error:
+        raise NotFound(f"{path} does not exist", "check the name, or record it with `trace record`") from error
+    except PermissionError as error:
+        raise NoPermission(f"{path} may not be read", "mend its permissions (chmod u+r)") from error
+    except OSError as error:
+        raise NotFound(f"{path} cannot be opened: {error.strerror or error}", "check the name") from error
+
+
+def open_hdf5(path: Path, fd: int) -> Any:
+    """The h5py file; raises NotATrace or Damaged.  `fd`: the same file, open for reading."""
+    if os.pread(fd, len(SIGNATURE), 0) != SIGNATURE:
+        raise NotATrace(f"{path} is not an HDF5 file", "give a file that `trace record` wrote")
+    with damage(path, "HDF5 cannot open it"):
+        # No lock: a run that is still being recorded can be looked at, and the seals say if what was read is whole.
+        return h5py.File(path, "r", locking=False, rdcc_nbytes=0)
