@@ -16,7 +16,7 @@ from typing import Final
 
 from differ.align import Row, Rows
 from differ.estimate import is_trainable, row_distance
-from tracer.schema import Phase
+from tracer.schema import RNG_PREFIX, Phase
 
 LORA_A: Final = ".lora_A.weight"
 LORA_B: Final = ".lora_B.weight"
@@ -88,8 +88,8 @@ def parameters_before(rows: Rows, step: int) -> Row | None:
 
 
 def _comparable(a: Row, b: Row, name: str) -> bool:
-    """Whether a record is a parameter that both sides hold, in one shape."""
-    if name not in b.positions or name.endswith(LORA_SCALE) or a.entry(name).alias_of:
+    """Whether a record is a parameter that both sides hold, in one shape; a generator's state is no input of the model."""
+    if name not in b.positions or name.endswith(LORA_SCALE) or name.startswith(RNG_PREFIX) or a.entry(name).alias_of:
         return False
     return is_trainable(a, name) and is_trainable(b, name) and a.shape(name) == b.shape(name)
 

@@ -94,7 +94,7 @@ class Plan:
     models: tuple[str, ...] = MODELS
     seeds: int = 2
     rates: tuple[float, ...] = (1e-4, 2e-3)
-    steps: int = 10
+    steps: int = 30
     safety: float = SAFETY
     safety_half: float = SAFETY_HALF
 
@@ -145,7 +145,7 @@ class Plan:
 @click.option("--model", "models", multiple=True, default=MODELS, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="Number of seeds, from 0.")
 @click.option("--lr", "rates", multiple=True, type=float, default=(1e-4, 2e-3), show_default=True)
-@click.option("--steps", type=click.IntRange(2), default=10, show_default=True)
+@click.option("--steps", type=click.IntRange(2), default=30, show_default=True)
 @click.option("--safety", type=click.FloatRange(1), default=SAFETY, show_default=True, help="Factor over the measured.")
 @click.option(
     "--safety-half", type=click.FloatRange(1), default=SAFETY_HALF, show_default=True, help="In half precision."

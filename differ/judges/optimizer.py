@@ -8,7 +8,7 @@ largest difference.  A side that has followed a rule and leaves it for one tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from differ.align import Row
@@ -96,11 +96,14 @@ def judge_opt_state(session: Session, pair: RowPair, names: Sequence[str]) -> No
 
 def _judge(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     likely: list[Rule] = []
+    parted: dict[Rule, None] = {}
     outcomes = []
     for name in names:
         outcome = Outcome(name, SideFit(), SideFit())
-        _fit_both(session, pair, outcome, likely)
-        if outcome.common is not None and outcome.common not in likely:
+        _fit_both(session, pair, outcome, likely, parted)
+        if outcome.common is None:
+            parted |= dict.fromkeys((*outcome.a.rules, *outcome.b.rules))
+        elif outcome.common not in likely:
             likely.insert(0, outcome.common)
         outcomes.append(outcome)
     family = pair.phase.label
@@ -154,8 +157,13 @@ def _unknown(session: Session, family: str, outcome: Outcome) -> bool:
     return any(not getattr(outcome, side).rules and not known & session.followed[side] for side in "ab")
 
 
-def _fit_both(session: Session, pair: RowPair, outcome: Outcome, likely: Sequence[Rule]) -> None:
-    """Try the rules that fitted other tensors first; all of them only if no such rule gives both sides."""
+def _fit_both(
+    session: Session, pair: RowPair, outcome: Outcome, likely: Sequence[Rule], parted: Iterable[Rule]
+) -> None:
+    """Try the rules that fitted other tensors first; all of them only if those do not give both sides.
+
+    `likely`: rules that gave both sides of a tensor.  `parted`: those of tensors whose sides follow different ones.
+    """
     a = _inputs(session, pair, pair.a, outcome.name, "a")
     b = _inputs(session, pair, pair.b, outcome.name, "b")
     outcome.a.tried, outcome.b.tried = a is not None, b is not None
@@ -167,6 +175,11 @@ def _fit_both(session: Session, pair: RowPair, outcome: Outcome, likely: Sequenc
         _try(session, b, how, outcome.b)
         if outcome.common is not None:
             return
+    for how in parted:
+        _try(session, a, how, outcome.a)
+        _try(session, b, how, outcome.b)
+    if outcome.a.rules and outcome.b.rules:
+        return
     for inputs, side in ((a, outcome.a), (b, outcome.b)):
         for how in inputs.rules:
             if how not in side.rules:

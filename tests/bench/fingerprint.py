@@ -1,5 +1,6 @@
-"""How well a sketch estimates the distance of two tensors: `python -m tests.bench.fingerprint TRACE`, and which planted
-faults a comparison with a fingerprint finds: `python -m tests.bench.fingerprint --faults`.
+"""How well a sketch estimates the distance of two tensors: `python -m tests.bench.fingerprint TRACE`, how large a trace's
+fingerprint is: `python -m tests.bench.fingerprint --sizes TRACE`, and which planted faults a comparison with a fingerprint finds:
+`python -m tests.bench.fingerprint --faults`.
 
 TRACE is a recording with tensors; those of `grad` and `param` of its last step are perturbed, each in one way, and the ratio of
 the estimated to the true L2 distance is printed as a markdown table (5th percentile, median, 95th), with the share of tensors
@@ -8,6 +9,7 @@ that read below half, and what the L2 norm alone shows.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -137,9 +139,29 @@ def faults() -> None:
             print(f"| {fault} | {found[0]} | {found[1]} |")
 
 
+# What a small fingerprint keeps, as `trace shrink --what … --steps …` has it.
+SMALL = "loss,batch,hparams,grad,param"
+
+
+def sizes(path: str) -> None:
+    """Print the size of a trace, of its fingerprint, and of one with fewer phases and steps, in bytes."""
+    print(f"| file | bytes |\n|---|---|\n| trace | {Path(path).stat().st_size:,} |")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "golden.h5")
+        for title, options in (("", []), (f", `--what {SMALL} --steps :5`", ["--what", SMALL, "--steps", ":5"])):
+            command = [sys.executable, "-m", "tracer", "shrink", path, "-o", str(out), "--force", *options]
+            subprocess.run(command, check=True, capture_output=True)
+            print(f"| fingerprint{title} | {out.stat().st_size:,} |")
+
+
 def _found(first: Finding | None) -> str:
     return "same" if first is None else f"step {first.step}, {first.phase}"
 
 
 if __name__ == "__main__":
-    faults() if sys.argv[1] == "--faults" else main(sys.argv[1])
+    if sys.argv[1] == "--faults":
+        faults()
+    elif sys.argv[1] == "--sizes":
+        sizes(sys.argv[2])
+    else:
+        main(sys.argv[1])

@@ -26,7 +26,13 @@ _MADE_BY: Final = ("tracer/**/*.py", "scenarios/**/*.py", "tests/bench/accuracy/
 _PLANTED_BY: Final = ("tests/bench/accuracy/plants*.py",)
 _EDITED_BY: Final = ("tests/bench/accuracy/edits.py",)
 _PACKAGES: Final = ("torch", "transformers", "peft", "accelerate", "mlx", "mlx-lm", "numpy", "h5py")
-_IRRELEVANT: Final = ("tracer/cli", "scenarios/calibrate", "scenarios/catalogue", "scenarios/demo", "scenarios/selftest")
+_IRRELEVANT: Final = (
+    "tracer/cli",
+    "scenarios/calibrate",
+    "scenarios/catalogue",
+    "scenarios/demo",
+    "scenarios/selftest",
+)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def _record(view: RowView, i: int) -> Record:
     entry, state = view.layout.entries[i], view.state(i)
     shared: dict[str, Any] = {"original": entry.original, "transform": entry.transform}
     if entry.alias_of:
-        return Record(entry.name, None, entry.dtype, entry.shape, stored=False, alias_of=entry.alias_of, state=state, **shared)
+        return Record(
+            entry.name, None, entry.dtype, entry.shape, stored=False, alias_of=entry.alias_of, state=state, **shared
+        )
     if not entry.stored or state in (State.NONE, State.UNRECORDED):
         kept = Fingerprint(view.digests[i].tobytes(), view.stats[i])
         return Record(

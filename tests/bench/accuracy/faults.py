@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one fault a line: a table)
 """The planted faults: each a pair of arms, where the first finding must be, and which cause must come first.
 
 What is expected follows from the fault alone.  `names` are globs over parameters (or records) of the first finding's phase; the

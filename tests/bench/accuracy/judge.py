@@ -51,9 +51,9 @@ class Kept:
         return self._known[key]
 
     def keep(self, key: str, answer: Any) -> Any:
-        """Keep an answer, and give it back."""
-        self._known[key] = answer
-        return answer
+        """Keep an answer, and give it back as it will be read."""
+        self._known[key] = json.loads(json.dumps(answer))
+        return self._known[key]
 
     def save(self) -> None:
         """Write all answers."""

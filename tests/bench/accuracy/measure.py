@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -68,10 +69,10 @@ class Bench:
             self.say(f"{name}: {seconds[name]:.0f} s")
             return answer
 
-        faults = timed("faults", self._faults)
-        clean = timed("clean pairs", lambda: self._clean(noise=False))
-        noise = timed("clean pairs with noise", lambda: self._clean(noise=True))
-        close = timed("closeness", self._closeness)
+        faults = timed("faults", self.judge_faults)
+        clean = timed("clean pairs", lambda: self.judge_clean(noise=False))
+        noise = timed("clean pairs with noise", lambda: self.judge_clean(noise=True))
+        close = timed("closeness", self.closeness)
         threshold = self._loss_threshold(close)
         tolerance, found = timed("h5diff", self._h5diff) if rivals.has_h5diff() else (0.0, None)
         least = timed("smallest faults", self._smallest) if len(self.faults) > 20 else {}
@@ -81,7 +82,10 @@ class Bench:
         return [(pair.id, pair.a, pair.b) for pair in (*self.faults, *self.clean)]
 
     def _ask(
-        self, name: str, sources: Sequence[str], questions: Iterable[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]
+        self,
+        name: str,
+        sources: Sequence[str],
+        questions: Iterable[tuple[str, str, Callable[..., Any], tuple[Any, ...]]],
     ) -> dict[str, Any]:
         """Answers by id; questions are (id, key, function, arguments), asked in two processes where not kept."""
         kept, answers, asked = Kept(self.folder / f"{name}.json", sources), {}, []
@@ -96,7 +100,9 @@ class Bench:
         kept.save()
         return answers
 
-    def _faults(self) -> dict[str, Any]:
+    def judge_faults(self) -> dict[str, Any]:
+        """What the tool says of every fault."""
+
         def key(fault: Fault) -> str:
             return f"{fault.a.key} {fault.b.key} {fault.step} {fault.phase} {fault.names} {fault.causes}"
 
@@ -104,7 +110,9 @@ class Bench:
             "faults", _TOOL, ((f.id, key(f), judge.judge, (f, *judge.traces(self.store, f))) for f in self.faults)
         )
 
-    def _clean(self, *, noise: bool) -> dict[str, Any]:
+    def judge_clean(self, *, noise: bool) -> dict[str, Any]:
+        """What the tool says of every clean pair, with or without the twins of its sides."""
+
         def question(pair: Clean) -> tuple[str, str, Callable[..., Any], tuple[Any, ...]]:
             a, b, *twins = (self.store.trace(arm) for arm in pair.arms)
             used = twins if noise else []
@@ -112,7 +120,8 @@ class Bench:
 
         return self._ask("noise" if noise else "clean", _TOOL, map(question, self.clean))
 
-    def _closeness(self) -> dict[str, Any]:
+    def closeness(self) -> dict[str, Any]:
+        """What per-tensor closeness and losses say of every pair."""
         questions = (
             (name, f"{a.key} {b.key}", rivals.closeness, (self.store.trace(a), self.store.trace(b)))
             for name, a, b in self._pairs()
@@ -158,7 +167,10 @@ class Bench:
 
 
 def _one_h5diff(store: Store, a: Arm, b: Arm, tolerance: float, folder: Path) -> dict[str, Any]:
-    files = [rivals.plain_file(store.trace(arm), folder / f"{arm.key}-{number}.h5") for number, arm in enumerate((a, b))]
+    files = [
+        rivals.plain_file(store.trace(arm), folder / f"{arm.key}-{number}-{os.getpid()}.h5")
+        for number, arm in enumerate((a, b))
+    ]
     answer = rivals.h5diff(files[0], files[1], tolerance)
     files[1].unlink()
     return answer

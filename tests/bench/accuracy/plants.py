@@ -181,7 +181,9 @@ def _moved(batch: MicroBatch, fault: Plan, pad: int) -> MicroBatch:
         labels[:, : fault["by"] + 1] = IGNORED
         return replace(batch, labels=labels)
     if op == "bos":  # the first id twice
-        return MicroBatch(_after_first(ids, ids[:, :1]), _after_first(labels, np.full((len(ids), 1), IGNORED)), _wide(mask, 1))
+        return MicroBatch(
+            _after_first(ids, ids[:, :1]), _after_first(labels, np.full((len(ids), 1), IGNORED)), _wide(mask, 1)
+        )
     if op == "wider":
         more = [(0, 0), (0, fault["by"])]
         return MicroBatch(

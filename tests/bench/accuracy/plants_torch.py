@@ -18,7 +18,10 @@ def plant(plan: Mapping[str, Any], patch: Callable[..., None], tamper: Callable[
     if "clip" in plan:
         patch(f"{LOOP}._clip", lambda _: lambda parameters, _clip: _clip_each(parameters, plan["clip"]))
     if "optimizer" in plan:
-        patch(f"{LOOP}.optimizer_of", lambda of: lambda settings: (adamw(), {**of(settings)[1], "plan": plan["optimizer"]}))
+        patch(
+            f"{LOOP}.optimizer_of",
+            lambda of: lambda settings: (adamw(), {**of(settings)[1], "plan": plan["optimizer"]}),
+        )
 
 
 def _model(model: Any, plan: Mapping[str, Any], tamper: Callable[..., Any]) -> Any:

@@ -24,7 +24,12 @@ from tracer.reader import open_trace
 from tracer.schema import Phase, Record, Row
 
 Array = npt.NDArray[Any]
-_SETTINGS: Final = {"train.steps": 3, "lora.rank": 4, "lora.targets": ["q_proj", "v_proj"], "optimizer.weight_decay": 0.01}
+_SETTINGS: Final = {
+    "train.steps": 3,
+    "lora.rank": 4,
+    "lora.targets": ["q_proj", "v_proj"],
+    "optimizer.weight_decay": 0.01,
+}
 TORCH: Final = Arm("torch", _SETTINGS)
 MLX: Final = Arm("mlx", {**_SETTINGS, "train.compile": False}, source=TORCH)
 LAST: Final = 3
@@ -111,7 +116,11 @@ class _Reader:
 
     def again(self, update: Update) -> dict[tuple[Phase, str], Array]:
         """New gradients, moments and weights of the last step, float32 as torch computes them."""
-        settings = {name.partition(".")[2]: float(v) for name, v in self.row(Phase.HPARAMS, LAST).items() if "." in name and v.size == 1}
+        settings = {
+            name.partition(".")[2]: float(v)
+            for name, v in self.row(Phase.HPARAMS, LAST).items()
+            if "." in name and v.size == 1
+        }
         use = {**settings, **(update.used or {})}
         made: dict[tuple[Phase, str], Array] = {}
         before, state = self.row(Phase.PARAM, LAST - 1), self.row(Phase.OPT_STATE, LAST - 1)
@@ -127,9 +136,7 @@ class _Reader:
         return made
 
 
-def adamw(
-    w: Array, g: Array, m: Array, v: Array, use: Mapping[str, float], t: int
-) -> tuple[Array, Array, Array]:
+def adamw(w: Array, g: Array, m: Array, v: Array, use: Mapping[str, float], t: int) -> tuple[Array, Array, Array]:
     """One AdamW update (arXiv:1711.05101) in float64, rounded to float32: moments and weights."""
     g64 = g.astype(np.float64)
     m64 = use["beta1"] * m.astype(np.float64) + (1 - use["beta1"]) * g64
