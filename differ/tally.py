@@ -134,5 +134,11 @@ def causal_order(finding: Finding) -> tuple[int, int, int, int, float, str]:
     """Sort key of findings: what comes first in the run comes first in the report."""
     micro_batch = WHOLE_STEP if finding.micro_batch is None else finding.micro_batch
     excess = ratio(finding.required or 0.0, finding.tolerance or 0.0) if finding.required is not None else float("inf")
-    return (finding.step, Phase.parse(finding.phase), micro_batch, _STRUCTURE[finding.kind], -excess, finding.name or "")
-
+    return (
+        finding.step,
+        Phase.parse(finding.phase),
+        micro_batch,
+        _STRUCTURE[finding.kind],
+        -excess,
+        finding.name or "",
+    )

@@ -164,7 +164,9 @@ FAULTS: dict[str, Callable[[Run], Run]] = {
     "init_draw": lambda run: replace(run, init_seed=99),
     "init_ulp": _edit(Phase.INIT, lambda r: _with(r, np.nextafter(r.data, F32(9))), name=_A1),
     "init_names": lambda run: replace(run, layers=run.layers[1:]),
-    "init_frozen": _edit(Phase.INIT, lambda r: replace(r, data=r.data * F32(1.5)), name="layers.1.self_attn.q_proj.weight"),
+    "init_frozen": _edit(
+        Phase.INIT, lambda r: replace(r, data=r.data * F32(1.5)), name="layers.1.self_attn.q_proj.weight"
+    ),
     "init_cast": lambda run: replace(run, base_dtype="bfloat16"),
     "lora_scale": lambda run: replace(run, scale=run.scale * 2),
     "batch_order": lambda run: replace(run, seed=run.seed + 7),
@@ -292,7 +294,11 @@ class Trainer:
             ids, labels = self._batch()
             with np.errstate(invalid="ignore", over="ignore"):
                 loss = self._backward(ids, labels, grads)
-            batch = (record("input_ids", ids), record("labels", labels), record("tokens", np.int64((labels >= 0).sum())))
+            batch = (
+                record("input_ids", ids),
+                record("labels", labels),
+                record("tokens", np.int64((labels >= 0).sum())),
+            )
             rows += [Row(Phase.BATCH, step, micro, batch), Row(Phase.LOSS, step, micro, (record("loss", loss),))]
         grads = {name: self._noisy(g * F32(self.run.grad_factor / self.run.micro_batches)) for name, g in grads.items()}
         if self.run.tamper is not None:

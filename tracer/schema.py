@@ -82,7 +82,10 @@ INDEX_FIELDS: Final = (
     ("name", "canonical name (that of the Hugging Face checkpoint)"),
     ("dtype", "dtype of the run, see DTYPES in tracer/dtypes.py"),
     ("shape", "canonical shape, `8,64`; empty for a scalar"),
-    ("dataset", "which packed dataset of the layout holds it; empty if nothing is stored here, `sketch`: only its projection"),
+    (
+        "dataset",
+        "which packed dataset of the layout holds it; empty if nothing is stored here, `sketch`: only its projection",
+    ),
     ("offset", "first element in that dataset's row"),
     ("original", "the framework's own name"),
     ("transform", "how the framework's layout became the canonical one: empty, or `T` (transposed)"),

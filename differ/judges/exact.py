@@ -108,7 +108,9 @@ def _find_frozen(session: Session, pair: RowPair, name: str) -> None:
     if trains[0] != trains[1]:
         words = ["trainable" if yes else "frozen" for yes in trains]
         session.tally.find(
-            Finding(pair.step, pair.phase.label, name, Kind.STATE, a=words[0], b=words[1], detail="trained on one side only")
+            Finding(
+                pair.step, pair.phase.label, name, Kind.STATE, a=words[0], b=words[1], detail="trained on one side only"
+            )
         )
         return
     dtypes = (pair.a.entry(name).dtype, pair.b.entry(name).dtype)

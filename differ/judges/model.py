@@ -26,8 +26,10 @@ from typing import Final
 
 from differ.compare import distance
 from differ.inputs import InputDistance
+from differ.judges.reduction import LOSS, reductions
 from differ.noise import smallest_norm
 from differ.policy import Tolerance
+from differ.result import Cause
 from differ.session import RowPair, Session, value_finding
 from tracer.dtypes import coarser
 from tracer.schema import Phase
@@ -76,6 +78,12 @@ def _judge_one(
     if observed <= allowed and measured.nonfinite < 0:
         session.measured(pair, name, observed, allowed, distance=apart)
         return False
+    if pair.phase is Phase.LOSS and name == LOSS and measured.nonfinite < 0:
+        weighted = reductions(session, pair, allowed)
+        if weighted is not None:
+            session.note_once(Cause("loss.weighted", weighted.sentence, step=pair.step, phase=pair.phase.label))
+            session.measured(pair, name, weighted.left, allowed, distance=apart)
+            return False
     if repeats:
         session.tally.repeated(pair.phase, name)
         return True

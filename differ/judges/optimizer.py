@@ -147,14 +147,20 @@ def _moves_alike(session: Session, pair: RowPair) -> bool:
 
 
 def _unknown(session: Session, family: str, outcome: Outcome) -> bool:
-    """Whether the optimizer is one that is not known here: neither side fits, or one that never has.
+    """Whether the optimizer is one that is not known here: neither side fits, or one that never has, and the other does
+    not tell either.
 
-    Moments that follow make it a known one: an update that then does not is a divergence, not another optimizer.
+    Moments that follow make it a known one: an update that then does not is a divergence, not another optimizer.  So is
+    an update that does not where the other side's does: whatever it follows, it is not what the other follows.
     """
     if not outcome.a.rules and not outcome.b.rules:
         return True
     known = {family, Phase.OPT_STATE.label}
-    return any(not getattr(outcome, side).rules and not known & session.followed[side] for side in "ab")
+    for side, other in ((outcome.a, outcome.b), (outcome.b, outcome.a)):
+        name = "a" if side is outcome.a else "b"
+        if not side.rules and not known & session.followed[name] and not other.moved:
+            return True
+    return False
 
 
 def _fit_both(

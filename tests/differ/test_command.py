@@ -23,7 +23,9 @@ def traces(tmp_path: Path) -> dict[str, str]:
         "same": str(make_trace(tmp_path / "same.h5")),
         "lr": str(make_trace(tmp_path / "lr.h5", fault="lr")),
         "late": str(make_trace(tmp_path / "late.h5", fault="grad_element")),
-        "renamed": str(make_trace(tmp_path / "renamed.h5", names=lambda name: name.replace("model.layers", "net.blocks"))),
+        "renamed": str(
+            make_trace(tmp_path / "renamed.h5", names=lambda name: name.replace("model.layers", "net.blocks"))
+        ),
     }
 
 

@@ -56,7 +56,10 @@ def test_the_last_matching_rule_wins(tmp_path: Path) -> None:
 def test_a_table_replaces_the_defaults_it_names(tmp_path: Path) -> None:
     chosen = policy(tmp_path, "[grad.float32]\nbase = 0.5\n")
     assert chosen.tolerance(Phase.GRAD, "float32", "x").base == 0.5
-    assert chosen.tolerance(Phase.GRAD, "float32", "x").bound == default_policy().tolerance(Phase.GRAD, "float32", "x").bound
+    assert (
+        chosen.tolerance(Phase.GRAD, "float32", "x").bound
+        == default_policy().tolerance(Phase.GRAD, "float32", "x").bound
+    )
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,15 @@ def test_the_json_of_a_divergence_is_golden(tmp_path: Path) -> None:
 
 
 def test_the_text_of_equal_traces_is_golden(tmp_path: Path) -> None:
-    check("same.txt", reporter("text")(diff(make_trace(tmp_path / "a.h5"), make_trace(tmp_path / "b.h5")), Style(width=80)))
+    check(
+        "same.txt",
+        reporter("text")(diff(make_trace(tmp_path / "a.h5"), make_trace(tmp_path / "b.h5")), Style(width=80)),
+    )
 
 
-@pytest.mark.parametrize("fault", [None, "init_cast", "init_names", "grad_row", "unfinished", "grad_nan", "micro_batches"])
+@pytest.mark.parametrize(
+    "fault", [None, "init_cast", "init_names", "grad_row", "unfinished", "grad_nan", "micro_batches"]
+)
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_a_text_report_is_short_and_fits(fault: str | None, width: int, compare: Compare) -> None:
     lines = reporter("text")(compare(fault), Style(width=width)).splitlines()
@@ -78,7 +83,11 @@ def test_a_text_report_is_short_and_fits(fault: str | None, width: int, compare:
     assert len(lines) <= 25 or width < 80
     for line in lines:
         # Only a name, which is never broken, may stand out.
-        assert len(line) <= width or " " not in line.strip().removeprefix("DIVERGED at ") or len(line.split()[-1]) > width - 20
+        assert (
+            len(line) <= width
+            or " " not in line.strip().removeprefix("DIVERGED at ")
+            or len(line.split()[-1]) > width - 20
+        )
     assert not any("\x1b" in line for line in lines)
 
 
@@ -93,7 +102,20 @@ def test_the_json_has_the_documented_keys(compare: Compare) -> None:
     document = json.loads(reporter("json")(compare("grad_element"), Style()))
 
     assert document["format"] == 1
-    documented = {"format", "tool", "a", "b", "policy", "verdict", "first", "causes", "notes", "counts", "margin", "findings"}
+    documented = {
+        "format",
+        "tool",
+        "a",
+        "b",
+        "policy",
+        "verdict",
+        "first",
+        "causes",
+        "notes",
+        "counts",
+        "margin",
+        "findings",
+    }
     assert documented <= set(document)
     finding = {"step", "micro_batch", "phase", "name", "kind", "rel_l2", "max_abs", "max_ulp", "index", "a", "b"}
     assert finding | {"tolerance", "required"} <= set(document["first"])
@@ -111,6 +133,10 @@ def test_numbers_that_are_not_finite_are_strings_in_json(compare: Compare) -> No
 
 
 def test_every_reporter_renders_every_verdict(compare: Compare) -> None:
-    results = [compare(None), compare("lr"), replace(compare(None), verdict=type(compare(None).verdict)("incomparable"))]
+    results = [
+        compare(None),
+        compare("lr"),
+        replace(compare(None), verdict=type(compare(None).verdict)("incomparable")),
+    ]
     for name in REPORTERS:
         assert all(reporter(name)(result, Style()).endswith("\n") for result in results)

@@ -72,7 +72,10 @@ def test_a_limit_that_nothing_reaches_agrees_with_no_clipping(compare: Compare) 
 def test_value_against_norm_is_a_divergence_with_both_named(compare: Compare) -> None:
     result = compare(a={"clip": "norm", "clip_value": 0.02}, b={"clip": "value", "clip_value": 0.01})
 
-    assert rules(result, "clipped_grad") == {"a": {"rule": "norm", "value": 0.02}, "b": {"rule": "value", "value": 0.01}}
+    assert rules(result, "clipped_grad") == {
+        "a": {"rule": "norm", "value": 0.02},
+        "b": {"rule": "value", "value": 0.01},
+    }
 
 
 @pytest.mark.parametrize(

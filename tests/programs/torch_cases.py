@@ -125,7 +125,9 @@ def loss_with_a_mask_of_its_own():
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for ids in batches(2):
-        each = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        each = torch.nn.functional.cross_entropy(
+            model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
         (each * torch.arange(8)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -63,7 +63,9 @@ print(
             "parameters": digest(*model.state_dict().values()),
             "optimizer": digest(*(s[k].reshape(-1) for s in optimizer.state.values() for k in sorted(s))),
             "rng": digest(torch.get_rng_state()),
-            "modules": sorted(m for m in sys.modules if m.split(".")[0] in ("torch", "transformers", "peft", "accelerate")),
+            "modules": sorted(
+                m for m in sys.modules if m.split(".")[0] in ("torch", "transformers", "peft", "accelerate")
+            ),
         }
     )
 )

@@ -80,7 +80,9 @@ def test_a_wider_tolerance_never_turns_same_into_diverged_nor_comes_earlier(
 
 
 @EXAMPLES
-@given(b=faults, noise=noises, factor=st.sampled_from([2.0, 1e3]), phase=st.sampled_from(["loss", "grad", "param", "init"]))
+@given(
+    b=faults, noise=noises, factor=st.sampled_from([2.0, 1e3]), phase=st.sampled_from(["loss", "grad", "param", "init"])
+)
 def test_a_wider_tolerance_in_a_phase_never_adds_a_finding_to_it(
     b: str | None, noise: float, factor: float, phase: str
 ) -> None:

@@ -13,7 +13,9 @@ SOURCES = [path for package in ("tracer", "differ", "scenarios") for path in (RO
 
 
 def test_every_slug_has_a_heading_and_every_heading_a_slug() -> None:
-    slugs = {slug for path in SOURCES for slug in re.findall(r'^    slug = "([a-z-]+)"$', path.read_text(), re.MULTILINE)}
+    slugs = {
+        slug for path in SOURCES for slug in re.findall(r'^    slug = "([a-z-]+)"$', path.read_text(), re.MULTILINE)
+    }
     assert "damaged" in slugs
     assert set(re.findall(r"^## (.+)$", PAGE, re.MULTILINE)) == slugs | {"internal"}
 

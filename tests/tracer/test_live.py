@@ -29,7 +29,9 @@ def start(output: Path, steps: int, limit: int = 0) -> subprocess.Popen[str]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     command = [sys.executable, "-m", "tracer", *RUN, str(output), *PROGRAM, "--set", f"train.steps={steps}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=confine)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=confine
+    )
 
 
 @pytest.fixture(scope="module")

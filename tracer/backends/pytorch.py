@@ -162,6 +162,8 @@ class Backend:
         def clip(*args: Any, **kwargs: Any) -> Any:
             if _compiling() or self._clip_depth or not self._recorder.active:
                 return original(*args, **kwargs)
+            with self._recorder.guard():
+                self._run.before_clip()
             self._clip_depth += 1
             try:
                 norm = original(*args, **kwargs)

@@ -191,6 +191,10 @@ class Run:
             self._step.tracked = self.registry.tracked()
             self._step.snapshot()
 
+    def before_clip(self) -> None:
+        """The program is about to clip: its gradients are what it has accumulated."""
+        self._step.average()
+
     def clipped(self, mode: str, limit: float, norm: Any) -> None:
         """The program has clipped by norm (which returned the norm) or by value."""
         if math.isfinite(limit) and self._step.clip is None:

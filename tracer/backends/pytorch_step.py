@@ -15,6 +15,7 @@ from tracer.backends.pytorch_registry import Named
 from tracer.backends.pytorch_tensors import (
     Taken,
     alias_of,
+    is_share,
     no_gradient,
     record_of,
     same_bits,
@@ -83,9 +84,25 @@ class Step:
             id(p): no_gradient(p) if p.grad is None else unscaled(take(p.grad), scale) for _, p in self.tracked
         }
 
+    def average(self) -> None:
+        """Take note of a program that has divided its gradients by the number of micro-batches.
+
+        That belongs to accumulating them, as where each loss is divided before its backward: the snapshot becomes what the
+        parameters hold now.  Anything else that a program does to gradients leaves the snapshot as it is.
+        """
+        count = len(self.losses)
+        if count < 2 or self.grads is None:
+            return
+        now = {id(p): no_gradient(p) if p.grad is None else take(p.grad, live=True) for _, p in self.tracked}
+        if all(is_share(self.grads[key], taken, count) for key, taken in now.items() if key in self.grads):
+            scale = next(iter(self.scales), 1.0)
+            if scale == 1.0:
+                self.snapshot()
+
     def given_to(self, parameters: Sequence[Any], scale: float) -> None:
         """Take the gradients that the optimizer is about to use; a copy is made only where they changed since the
         backward.  `scale`: what the optimizer itself divides them by."""
+        self.average()
         for parameter in parameters:
             self.given[id(parameter)] = self._given(parameter, scale)
 

@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 import numpy as np
 import numpy.typing as npt
 
-from tracer.dtypes import BFLOAT16, DTYPES, bf16_to_float32, float32_to_bf16
+from tracer.dtypes import BFLOAT16, DTYPES, bf16_to_float32, float32_to_bf16, to_numpy
 from tracer.names import NameMap, state_name
 from tracer.recorder import make_record
 from tracer.schema import Record, State
@@ -120,6 +120,19 @@ def same_bits(a: Taken, b: Taken) -> bool:
     # Gradients are nearly always contiguous, and then no copy is made here.
     bits = f"u{a.data.dtype.itemsize}"
     return bool(np.array_equal(np.ascontiguousarray(a.data).view(bits), np.ascontiguousarray(b.data).view(bits)))
+
+
+def is_share(whole: Taken, part: Taken, count: int) -> bool:
+    """Whether a tensor is another divided by `count`, to the bit: by a division, or by a product with 1 / count."""
+    if whole.data is None or part.data is None:
+        return whole.state is State.NONE and part.state is State.NONE
+    wide: type[np.floating[Any]] = np.float64 if whole.dtype == "float64" else np.float32
+    numbers: npt.NDArray[Any] = to_numpy(whole.data, whole.dtype).astype(wide)
+    for share in (numbers / wide(count), numbers * wide(1 / count)):
+        stored = float32_to_bf16(share) if whole.dtype == BFLOAT16 else share.astype(whole.data.dtype)
+        if same_bits(replace(whole, data=stored), part):
+            return True
+    return False
 
 
 def record_of(names: NameMap, original: str, taken: Taken, *, kind: str = "", stored: bool = True) -> Record:

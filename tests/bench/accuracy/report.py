@@ -24,10 +24,11 @@ All runs are real ones of tiny models through the recorder. *Setting*: the fault
 inside the running loop (a backward hook, a loss, an optimizer …), so that everything after it follows from it. *File*: a record
 of the written trace was changed, for faults that are just that. Pairs are torch with torch, MLX with MLX, or (*across*) torch
 with MLX from the same adapters and batches. Where the first finding must be and which cause must come first is written
-down with the fault (`tests/bench/accuracy/faults.py`). After the first run 14 of these entries were corrected where the plant
+down with the fault (`tests/bench/accuracy/faults.py`). After the first run 15 of these entries were corrected where the plant
 or the expectation itself was wrong (a plant whose own counter was recorded as a setting, scales listed among parameters, a
-tied weight, a fault that reaches lora_A and not lora_B); what the tool gets wrong was left as it is. *Address*: step and phase are right, and the first name is one of the
-faulty ones; *exact*: so is the whole set of parameters. Default tolerances everywhere unless said otherwise.
+tied weight, a fault that reaches lora_A and not lora_B); what the tool gets wrong was left as it is.
+*Address*: step and phase are right, and the first name is one of the faulty ones; *exact*: so is the whole set of
+parameters. Default tolerances everywhere unless said otherwise.
 """
 _NAMED = ("-",)
 

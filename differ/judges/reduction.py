@@ -1,0 +1,77 @@
+"""Losses of several micro-batches under two reductions: the same numbers, weighted in another place.
+
+Over K micro-batches of n_m supervised tokens, N in all, a program differentiates
+
+    mean      the mean over each micro-batch's tokens, and divides the accumulated gradient by K afterwards
+    1/K       that mean divided by K
+    n_m/N     the sum over the micro-batch's tokens divided by N
+
+(plain loops and mlx-lm; loops that scale the loss; transformers' Trainer with `num_items_in_batch`).  If the two sides'
+losses of a step agree once each is divided by its weight, the loss is the same, and whether the accumulated gradient is
+too is for the gradients to say.  With one micro-batch the three are one, and nothing is excused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from differ.align import Rows
+from differ.session import RowPair, Session
+from tracer.schema import Phase
+
+LOSS: Final = "loss"
+WORDS: Final = {
+    "mean": "each micro-batch's mean loss",
+    "1/K": "each micro-batch's mean loss divided by their number",
+    "n/N": "each micro-batch's summed loss divided by all tokens of the step",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reductions:
+    """The two sides' reductions, and the largest relative difference that is left once they are undone."""
+
+    a: str
+    b: str
+    left: float
+
+    @property
+    def sentence(self) -> str:
+        """For a note."""
+        return f"a differentiates {WORDS[self.a]}, b {WORDS[self.b]}; the gradients are judged on their own"
+
+
+def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | None:
+    """Two different reductions under which all losses of the step agree within `allowed`; None if there are none."""
+    micro_batches = session.a.trace.micro_batches(Phase.LOSS, pair.step)
+    if len(micro_batches) < 2 or micro_batches != session.b.trace.micro_batches(Phase.LOSS, pair.step):
+        return None
+    a, b = (_values(rows, Phase.LOSS, LOSS, pair.step, micro_batches) for rows in (session.a, session.b))
+    tokens = _values(session.a, Phase.BATCH, "tokens", pair.step, micro_batches)
+    if a is None or b is None:
+        return None
+    weights = {"mean": [1.0] * len(a), "1/K": [1.0 / len(a)] * len(a)}
+    if tokens is not None and sum(tokens) > 0.0:
+        weights["n/N"] = [n / sum(tokens) for n in tokens]
+    for mine, theirs in itertools.permutations(weights, 2):
+        left = max(_apart(x, y, u, v) for x, y, u, v in zip(a, b, weights[mine], weights[theirs], strict=True))
+        if left <= allowed:
+            return Reductions(mine, theirs, left)
+    return None
+
+
+def _apart(a: float, b: float, weight_a: float, weight_b: float) -> float:
+    """Relative difference of two losses without their weights, as the judge measures it."""
+    if not (math.isfinite(a) and math.isfinite(b)) or weight_a == 0.0 or weight_b == 0.0:
+        return math.inf
+    mean_a, mean_b = a / weight_a, b / weight_b
+    return abs(mean_a - mean_b) / max(abs(mean_a), abs(mean_b), 1.0)
+
+
+def _values(rows: Rows, phase: Phase, name: str, step: int, micro_batches: tuple[int, ...]) -> list[float] | None:
+    """One number per micro-batch, or None if one is missing."""
+    found = [row.scalar(name) if (row := rows.get(phase, step, m)) is not None else None for m in micro_batches]
+    return None if any(value is None for value in found) else [float(value) for value in found if value is not None]

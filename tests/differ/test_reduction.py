@@ -1,0 +1,66 @@
+"""Losses under another reduction are the same losses; a changed loss is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from differ import Verdict, diff
+from tests.builders import make_trace
+from tracer.schema import Phase, Row
+
+
+def losses(change: Callable[[float, int], float]) -> Callable[[Row], Row]:
+    """An edit of a trace: every loss becomes `change(loss, micro_batch)`."""
+
+    def edit(row: Row) -> Row:
+        if row.phase is not Phase.LOSS:
+            return row
+        records = tuple(
+            replace(record, data=np.asarray(change(float(record.data), row.micro_batch), np.float32))
+            if record.name == "loss" and record.data is not None
+            else record
+            for record in row.records
+        )
+        return replace(row, records=records)
+
+    return edit
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_loss_divided_by_the_micro_batches_is_the_same_and_noted(tmp_path: Path, count: int) -> None:
+    a = make_trace(tmp_path / "a.h5", micro_batches=count)
+    b = make_trace(tmp_path / "b.h5", micro_batches=count, edit=losses(lambda loss, _: loss / count))
+    for result, divides in (
+        (diff(a, b), "b each micro-batch's mean"),
+        (diff(b, a), "a differentiates each micro-batch's mean"),
+    ):
+        assert result.verdict is Verdict.SAME
+        (note,) = [note for note in result.notes if note.id == "loss.weighted"]
+        assert f"{divides} loss divided by their number" in note.summary
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda loss, _: loss / 4, lambda loss, m: loss / 2 if m == 0 else loss, lambda *_: np.nan],
+    ids=["another factor", "one of them", "nan"],
+)
+def test_any_other_change_of_a_loss_is_found(tmp_path: Path, change: Any) -> None:
+    a = make_trace(tmp_path / "a.h5", micro_batches=2)
+    b = make_trace(tmp_path / "b.h5", micro_batches=2, edit=losses(change))
+    result = diff(a, b)
+    assert result.first is not None
+    assert (result.first.step, result.first.phase) == (1, "loss")
+
+
+def test_one_micro_batch_has_one_reduction(tmp_path: Path) -> None:
+    a = make_trace(tmp_path / "a.h5", micro_batches=1)
+    b = make_trace(tmp_path / "b.h5", micro_batches=1, edit=losses(lambda loss, _: loss / 2))
+    result = diff(a, b)
+    assert result.first is not None
+    assert result.first.phase == "loss"
