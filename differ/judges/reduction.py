@@ -7,8 +7,9 @@ Over K micro-batches of n_m supervised tokens, N in all, a program differentiate
     n_m/N     the sum over the micro-batch's tokens divided by N
 
 (plain loops and mlx-lm; loops that scale the loss; transformers' Trainer with `num_items_in_batch`).  If the two sides'
-losses of a step agree once each is divided by its weight, the loss is the same, and whether the accumulated gradient is
-too is for the gradients to say.  With one micro-batch the three are one, and nothing is excused.
+losses of a step agree once each is divided by its weight, and the factor has not reached the accumulated gradient, the
+loss is the same.  A factor that has (a forgotten division) is a divergence of the loss.  With one micro-batch the three are
+one, and nothing is excused.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Final
 
 from differ.align import Rows
 from differ.session import RowPair, Session
-from tracer.schema import Phase
+from tracer.schema import REPORTED_PREFIX, Phase
 
 LOSS: Final = "loss"
+# Gradients further apart than this in norm have got the factor too; the smallest is 2, for two micro-batches.
+ALIKE: Final = 1.4
 WORDS: Final = {
     "mean": "each micro-batch's mean loss",
     "1/K": "each micro-batch's mean loss divided by their number",
@@ -49,6 +52,8 @@ def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | 
     micro_batches = session.a.trace.micro_batches(Phase.LOSS, pair.step)
     if len(micro_batches) < 2 or micro_batches != session.b.trace.micro_batches(Phase.LOSS, pair.step):
         return None
+    if not _gradients_alike(session, pair.step):
+        return None
     a, b = (_values(rows, Phase.LOSS, LOSS, pair.step, micro_batches) for rows in (session.a, session.b))
     tokens = _values(session.a, Phase.BATCH, "tokens", pair.step, micro_batches)
     if a is None or b is None:
@@ -61,6 +66,18 @@ def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | 
         if left <= allowed:
             return Reductions(mine, theirs, left)
     return None
+
+
+def _gradients_alike(session: Session, step: int) -> bool:
+    """Whether both sides' accumulated gradients are of one size: a factor of two or more would show.  From statistics."""
+    norms = []
+    for rows in (session.a, session.b):
+        row = rows.get(Phase.GRAD, step)
+        if row is None:
+            return False
+        kept = [i for name, i in row.positions.items() if not name.startswith(REPORTED_PREFIX)]
+        norms.append(math.sqrt(float((row.view.stats[kept, 0] ** 2).sum())))
+    return min(norms) > 0.0 and max(norms) / min(norms) < ALIKE
 
 
 def _apart(a: float, b: float, weight_a: float, weight_b: float) -> float:

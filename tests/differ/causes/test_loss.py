@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from differ.causes.grid import round_to
+from differ.result import Verdict
 from tests.builders import F32, IGNORED
 from tests.differ.causes.plant import Edit, causes, edited, ids, mirrored, with_data
 from tests.differ.conftest import Compare
@@ -44,7 +45,6 @@ def test_a_single_loss_whose_gradients_agree_is_no_factor(compare: Compare) -> N
     ("words", "factor"),
     [
         ("does not divide by the supervised positions (a sum)", lambda n: n),
-        ("divides by the step's supervised positions", lambda n: n / 15),
         ("divides by all positions", lambda n: n / 12),
         ("divides by the rows of the batch", lambda n: n / 2),
     ],
@@ -60,6 +60,14 @@ def test_another_denominator_is_named_where_lengths_differ(
     assert cause.parameters["denominator"] == words
     assert cause.summary.startswith(f"b {words}")
     assert causes(mirrored(tmp_path), "loss.reduction")[0].side == "a"
+
+
+def test_the_share_of_the_step_is_the_same_loss_where_the_gradients_agree(compare: Compare) -> None:
+    result = compare(a={"edit": _unequal(lambda n: 1.0)}, b={"edit": _unequal(lambda n: n / 15)})
+
+    assert result.verdict is Verdict.SAME
+    (note,) = [note for note in result.notes if note.id == "loss.weighted"]
+    assert "b each micro-batch's summed loss divided by all tokens of the step" in note.summary
 
 
 def test_a_sum_without_gradients_to_bear_it_out_is_told_by_its_denominator(compare: Compare) -> None:
