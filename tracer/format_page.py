@@ -35,12 +35,12 @@ import numpy as np
 
 with h5py.File("run.h5") as file:
     committed = int(file["committed"][0])
-    steps = file["steps"]["step"][:committed]           # trust nothing beyond the counter
-    layout = file["grad/0"]                             # the first layout of a phase
+    steps = file["steps"]["step"][:committed]  # trust nothing beyond the counter
+    layout = file["grad/0"]  # the first layout of a phase
     row = int(np.flatnonzero(layout["rows"]["step"] == steps[-1])[0])
     for entry in layout["index"]:
         if entry["dataset"] in (b"", b"sketch"):
-            continue                                    # digest only, a reference (`alias_of`), or a projection
+            continue  # digest only, a reference (`alias_of`), or a projection
         shape = [int(n) for n in entry["shape"].decode().split(",") if n]
         start, count = int(entry["offset"]), int(np.prod(shape))
         values = layout[entry["dataset"].decode()][row, start : start + count].reshape(shape)
