@@ -1,5 +1,7 @@
 # make demo   set up an environment of its own, record two training paths, compare them
 # make test   set up, lint, type-check, check the import contracts, run the tests
+# make accuracy    the tool's own benchmark: planted faults, clean pairs, rivals -> docs/accuracy.md
+# make calibrate   measure the default tolerances -> differ/defaults.toml
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -7,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs accuracy calibrate clean
 demo: $(READY)
 	$(BIN)/python -m scenarios.demo
 
@@ -19,6 +21,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+accuracy: $(READY)
+	$(BIN)/python -m tests.bench.accuracy
+
+calibrate: $(READY)
+	$(BIN)/python -m scenarios.calibrate
 
 docs: $(READY)
 	$(BIN)/python -m tracer.format_page > docs/format.md

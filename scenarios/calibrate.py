@@ -174,22 +174,31 @@ def main(output: Path, points: Path | None, dry_run: bool, **options: Any) -> No
 
 
 def _measure_or_load(plan: Plan, file: Path | None) -> Measured:
+    """All pairs of the plan; those that `file` holds already are not run again, and each new one is kept in it."""
     key = json.dumps(plan.pairs())
-    if file is not None and file.exists():
-        kept = json.loads(file.read_text("utf-8"))
-        if kept["plan"] != key:
-            raise BadUsage(f"{file} was measured with other options", "remove it, or give the options it was made with")
-        points = {(phase, dtype): [Point(*p) for p in found] for phase, dtype, found in kept["points"]}
-        return Measured(points, kept["replay"], kept["pairs"])
-    measured = Measured()
-    for settings in plan.pairs():
+    measured = _load(file, key) if file is not None and file.exists() else Measured()
+    for settings in plan.pairs()[measured.pairs :]:
         measure_pair(settings, measured)
         click.echo("measured " + ", ".join(f"{k} {v}" for k, v in settings.items()), err=True)
-    if file is not None:
-        found = [[*key, [[p.observed, p.distance] for p in points]] for key, points in measured.points.items()]
-        kept = {"plan": key, "points": found, "replay": measured.replay, "pairs": measured.pairs}
-        file.write_text(json.dumps(kept), "utf-8")
+        if file is not None:
+            _save(measured, file, key)
     return measured
+
+
+def _load(file: Path, key: str) -> Measured:
+    kept = json.loads(file.read_text("utf-8"))
+    if kept["plan"] != key:
+        raise BadUsage(f"{file} was measured with other options", "remove it, or give the options it was made with")
+    points: dict[tuple[str, str], list[Point]] = defaultdict(list)
+    for phase, dtype, found in kept["points"]:
+        points[phase, dtype] = [Point(*pair) for pair in found]
+    return Measured(points, kept["replay"], kept["pairs"])
+
+
+def _save(measured: Measured, file: Path, key: str) -> None:
+    found = [[*which, [[p.observed, p.distance] for p in points]] for which, points in measured.points.items()]
+    kept = {"plan": key, "points": found, "replay": measured.replay, "pairs": measured.pairs}
+    file.write_text(json.dumps(kept), "utf-8")
 
 
 def measure_pair(settings: Mapping[str, object], into: Measured) -> None:

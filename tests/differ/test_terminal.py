@@ -46,7 +46,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def start(*arguments: object, **streams: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    # pytest-xdist tells its workers a width; a shell does not, and the terminal's own is what counts.
+    bare = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment = {**bare, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tracer", *map(str, arguments)]
     return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload, no-any-return]
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from scenarios.calibrate import Fit, Point, fit, rewrite, round_up
+from scenarios import calibrate
+from scenarios.calibrate import Fit, Measured, Plan, Point, fit, rewrite, round_up
+from tracer.errors import BadUsage
 
 TEXT = """\
 # About the file.
@@ -86,3 +91,24 @@ def test_writing_twice_is_writing_once() -> None:
     once = rewrite(TEXT, {("loss", "float32"): FIT}, HEADER)
     assert rewrite(once, {("loss", "float32"): FIT}, HEADER) == once
     assert once.index("# Measured: by hand") < once.index("[exact]")
+
+
+def test_pairs_that_were_measured_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, file, runs = Plan(dtypes=("float32",), models=("tiny-llama",)), tmp_path / "points.json", []
+
+    def measure(settings: Mapping[str, object], into: Measured) -> None:
+        if len(runs) == 2:
+            runs.append("interrupted")
+            raise KeyboardInterrupt
+        runs.append(str(settings["optimizer.lr"]))
+        into.points["loss", "float32"].append(Point(1e-7, float(len(runs))))
+        into.pairs += 1
+
+    monkeypatch.setattr(calibrate, "measure_pair", measure)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate._measure_or_load(plan, file)
+    measured = calibrate._measure_or_load(plan, file)
+    assert measured.pairs == len(plan.pairs()) == 4
+    assert [point.distance for point in measured.points["loss", "float32"]] == [1.0, 2.0, 4.0, 5.0]
+    with pytest.raises(BadUsage, match="measured with other options"):
+        calibrate._measure_or_load(Plan(dtypes=("float16",)), file)
