@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from tracer.dtypes import DTYPES, is_float
 
+# Dtypes whose rounding drowns that of float32 adapters.
+HALVES: Final = ("float16", "bfloat16")
 # Unsigned view of each float dtype: the next number away from zero has the next bit pattern.
 _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -23,16 +25,19 @@ _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 class Perturbation:
     """What a twin changes: `by` in words (`rounding`, `threads`, `eager`).
 
-    `seed`: that of the moved starting point, None where it is not moved.  `base`: move the frozen weights too.
+    `seed`: that of the moved starting point, None where it is not moved.  `base`: move the frozen weights too, also in float32.
     """
 
     by: str
     seed: int | None = None
     base: bool = False
 
-    def moves(self, *, trained: bool) -> bool:
-        """Whether a parameter is moved."""
-        return self.seed is not None and (trained or self.base)
+    def moves(self, dtype: str, *, trained: bool) -> bool:
+        """Whether a parameter of this dtype is moved; frozen ones of 16 bits always are.
+
+        Adapters start with lora_B = 0 and a float32 unit of lora_A is lost in 16-bit activations: the twin would show no noise.
+        """
+        return self.seed is not None and (trained or self.base or dtype in HALVES)
 
     def facts(self) -> dict[str, object]:
         """What the twin's trace says of itself, among what was observed."""

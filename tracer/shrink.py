@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
-from tracer.dtypes import DTYPES, is_float
 from tracer.reader import RowView, Trace, open_trace
 from tracer.schema import Fingerprint, Phase, Record, Row, State
 from tracer.sketch import sketch
+from tracer.thinning import keeps_values
 from tracer.writer import TraceWriter
-
-# Records up to this size keep their values where the comparison wants them exactly.
-KEPT_BYTES: Final = 4096
-# Phases whose small records of any dtype keep their values; elsewhere only integers and scalars do.
-KEPT_PHASES: Final = (Phase.CONFIG, Phase.HPARAMS, Phase.BATCH, Phase.LOSS, Phase.EVAL)
 
 
 def shrink(
@@ -94,7 +87,8 @@ def _row(row: RowView, phases: frozenset[Phase]) -> Row:
 
 def _record(row: RowView, i: int, phases: frozenset[Phase]) -> Record:
     """A record as the fingerprint keeps it: a reference, its values, a sketch, or what there was of it."""
-    entry, state = row.layout.entries[i], row.state(i)
+    # A digest that was put together from those of parts cannot be compared with that of a whole tensor.
+    entry, state = row.layout.entries[i], row.state(i) if row.exact_digest(i) else State.UNRECORDED
     head = (entry.name, None, entry.dtype, entry.shape, entry.original, entry.transform)
     if entry.alias_of:
         if Phase.parse(entry.alias_of.partition("/")[0]) in phases:
@@ -108,16 +102,9 @@ def _record(row: RowView, i: int, phases: frozenset[Phase]) -> Record:
         return Record(*head, stored=False, state=state, fingerprint=Fingerprint(digest, stats, row.read_sketch(i)))
     if not entry.stored or 0 in entry.shape:
         return Record(*head, stored=entry.stored, state=state, fingerprint=Fingerprint(digest, stats))
-    if _keeps_values(row.phase, entry.dtype, entry.shape):
+    if keeps_values(row.phase, entry.dtype, entry.shape):
         data = row.read(i) if state in (State.VALUE, State.ZERO) else None
         return Record(entry.name, data, *head[2:], state=state)
     return Record(
         *head, stored=False, state=state, fingerprint=Fingerprint(digest, stats, sketch(row.read(i), entry.dtype))
     )
-
-
-def _keeps_values(phase: Phase, dtype: str, shape: tuple[int, ...]) -> bool:
-    size = math.prod(shape)
-    if size * DTYPES[dtype].itemsize > KEPT_BYTES:
-        return False
-    return size == 1 or not is_float(dtype) or phase in KEPT_PHASES

@@ -54,12 +54,15 @@ class TraceWriter:
         declared: Mapping[str, Any],
         overwrite: bool = False,
         durable: bool = False,
+        max_bytes: int | None = None,
     ) -> None:
         self.path = Path(path)
         self.commits = 0
         self._durable = durable
-        self._layouts: dict[tuple[Any, ...], _LayoutWriter] = {}
+        self._max_bytes = max_bytes
+        self._layouts: dict[tuple[Any, ...], _LayoutWriter] = {}  # by group, phase and records
         self._last_step = -1
+        self._rewritten: set[int] = set()
         self._last_eval = -1
         self._seal = b""
         self._file = _create(self.path, overwrite)
@@ -95,13 +98,36 @@ class TraceWriter:
             self._write(step, evals, None)
             self._last_eval = step
 
-    def _write(self, step: int, rows: Sequence[Row], observed: Mapping[str, Any] | None) -> None:
+    def rewrite_step(self, step: int, rows: Sequence[Row]) -> None:
+        """Commit rows of an earlier step again; readers take them in place of the first ones.
+
+        For steps that were written thinned and turn out to matter.  Once a step; `eval` rows stay as they are.
+        """
+        if not 0 < step <= self._last_step or step in self._rewritten or any(row.phase is Phase.EVAL for row in rows):
+            raise BadUsage(f"step {step} cannot be written again")
+        self._write(-step, rows, None)
+        self._rewritten.add(step)
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last committed step, -1 before the first."""
+        return self._last_step
+
+    @property
+    def size(self) -> int:
+        """Length of the file in bytes."""
+        return self._disk.size
+
+    def _write(self, commit: int, rows: Sequence[Row], observed: Mapping[str, Any] | None) -> None:
+        """Commit rows of a step; `-step` for rows that take the place of earlier ones."""
+        step = abs(commit)
         if observed is not None:
             self.document("observed", observed)
         try:
             done: dict[tuple[str, int], Written] = {}
-            seals = [self._write_row(row, done) for row in sorted(rows, key=_row_order)]
-            self._commit(step, seals)
+            place = f"{schema.AGAIN}/" if commit < 0 else ""
+            seals = [self._write_row(row, done, place) for row in sorted(rows, key=_row_order)]
+            self._commit(commit, seals)
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
             raise RecordingStopped(f"cannot write {self.path.name} at step {step}: {_reason(error)}") from error
 
@@ -121,25 +147,29 @@ class TraceWriter:
             self._disk.close()
             _close(self._file)
 
-    def _write_row(self, row: Row, done: dict[tuple[str, int], Written]) -> bytes:
-        key = (row.phase, tuple((r.name, r.dtype, r.shape, r.alias_of, r.stored, r.sketched) for r in row.records))
+    def _write_row(self, row: Row, done: dict[tuple[str, int], Written], place: str) -> bytes:
+        key = (
+            place,
+            row.phase,
+            tuple((r.name, r.dtype, r.shape, r.alias_of, r.stored, r.sketched) for r in row.records),
+        )
         layout = self._layouts.get(key)
         if layout is None:
             self._disk.require(RESERVE_BYTES)
-            number = sum(1 for phase, _ in self._layouts if phase is row.phase)
-            group = self._file.create_group(f"{row.phase.label}/{number}")
-            layout = self._layouts[key] = _LayoutWriter(group, row, self._disk)
+            number = sum(1 for where, phase, _ in self._layouts if (where, phase) == (place, row.phase))
+            group = self._file.create_group(f"{place}{row.phase.label}/{number}")
+            layout = self._layouts[key] = _LayoutWriter(group, row, self._disk, self._max_bytes)
         return layout.write(row, done)
 
-    def _commit(self, step: int, seals: Sequence[bytes]) -> None:
+    def _commit(self, commit: int, seals: Sequence[bytes]) -> None:
         for name in ("env", "declared", "observed"):
             if name in self._documents:
                 self._write_document(name, self._documents.pop(name))
-        self._seal = schema.step_seal(self._seal, step, seals)
-        self._step_table.append((step, len(seals), np.void(self._seal)))
+        self._seal = schema.step_seal(self._seal, commit, seals)
+        self._step_table.append((commit, len(seals), np.void(self._seal)))
         self._flush()
         self.commits += 1
-        self._last_step = step
+        self._last_step = max(self._last_step, commit)
         self._committed[0] = self.commits
         self._flush()
 
@@ -173,9 +203,10 @@ class _Table:
 class _LayoutWriter:
     """The rows of one fixed list of records: `/phase/k` in the file."""
 
-    def __init__(self, group: Any, row: Row, disk: Disk) -> None:
+    def __init__(self, group: Any, row: Row, disk: Disk, max_bytes: int | None) -> None:
         self._group = group
         self._disk = disk
+        self._max_bytes = max_bytes
         self._slots, widths = pack_plan(row.records)
         self._widths = widths
         self._positions = {record.name: i for i, record in enumerate(row.records)}
@@ -234,6 +265,8 @@ class _LayoutWriter:
     def _grow(self) -> None:
         """Allocate more rows: doubling at first, then a bounded number of rows and bytes at a time."""
         more = max(1, min(self._allocated, GROWTH_ROWS, GROWTH_BYTES // max(1, self._row_bytes)))
+        if self._max_bytes is not None and self._disk.size + more * self._row_bytes > self._max_bytes / 2:
+            more = 1  # room that is set aside here could not be used by another layout
         self._disk.require(more * self._row_bytes)
         start = self._disk.size
         self._allocated += more

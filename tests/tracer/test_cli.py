@@ -11,7 +11,8 @@ import pytest
 
 from tests.tracer.test_file import write
 from tracer.cli.main import COMMANDS
-from tracer.cli.record import human_bytes
+from tracer.reader import open_trace
+from tracer.size import human_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,3 +170,53 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 
 def test_sizes_are_written_for_people() -> None:
     assert [human_bytes(n) for n in (0, 999, 1500, 2.5e7)] == ["0 bytes", "999 bytes", "1.5 kB", "25.0 MB"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("", 0), ("raise SystemExit(0)", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)]
+)
+def test_a_program_that_ends_badly_leaves_an_unfinished_trace_with_all_its_steps(
+    tmp_path: Path, end: str, code: int
+) -> None:
+    program = tmp_path / "train.py"
+    program.write_text((ROOT / "tests/programs/run_of_two_steps.py").read_text() + f"\n{end}\n")
+    done = trace("record", "-o", tmp_path / "run.h5", "--", program)
+    assert done.returncode == code
+    with open_trace(tmp_path / "run.h5") as opened:
+        assert opened.steps == (0, 1, 2)
+        assert opened.finished == (code == 0)
+        assert opened.end["reason"] == (f"the program ended with exit code {code}" if code else "")
+    assert ("unfinished" in done.stderr) == (code != 0)
+
+
+def test_an_exception_inside_the_recording_block_leaves_an_unfinished_trace(tmp_path: Path) -> None:
+    from tracer.recorder import recording
+
+    def train(end: BaseException | None) -> None:
+        with recording(tmp_path / "run.h5", overwrite=True) as recorder:
+            for _ in range(2):
+                recorder.end_step()
+            if end is not None:
+                raise end
+
+    with pytest.raises(ZeroDivisionError):
+        train(ZeroDivisionError())
+    with open_trace(tmp_path / "run.h5") as opened:
+        assert opened.end["reason"] == "the run ended with ZeroDivisionError"
+    try:
+        raise KeyError
+    except KeyError:
+        train(None)  # an exception of somebody else's is being handled: no affair of this run
+    with open_trace(tmp_path / "run.h5") as opened:
+        assert opened.finished
+
+
+def test_an_unknown_path_is_one_line(tmp_path: Path) -> None:
+    done = trace("record", "-o", tmp_path / "run.h5", "--path", "nope")
+    assert done.returncode == 2
+    assert "nope" in only_line(done.stderr)
+
+
+def test_the_size_of_a_step_is_said_before_the_first_one(tmp_path: Path) -> None:
+    done = trace("record", "-o", tmp_path / "run.h5", "--", ROOT / "tests/programs/run_of_two_steps.py")
+    assert done.stderr.splitlines()[0] == "trace: recording run.h5: 2 trainable tensors, about 240 bytes a step"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tracer.dtypes import EPSILON, float32_to_bf16, to_float64
-from tracer.perturb import nudge
+from tracer.perturb import Perturbation, nudge
 
 
 @pytest.mark.parametrize("dtype", sorted(EPSILON))
@@ -36,3 +36,11 @@ def test_what_cannot_be_moved_is_left_alone() -> None:
     assert nudge(odd, "float32", "w", 1).tobytes() == odd.tobytes()
     whole = np.arange(4)
     np.testing.assert_array_equal(nudge(whole, "int64", "w", 1), whole)
+
+
+def test_frozen_weights_of_sixteen_bits_are_moved_unasked_and_those_of_float32_on_request() -> None:
+    plain, base, none = Perturbation("rounding", 1), Perturbation("rounding", 1, base=True), Perturbation("threads")
+    assert [plain.moves(dtype, trained=False) for dtype in ("float16", "bfloat16", "float32")] == [True, True, False]
+    assert base.moves("float32", trained=False)
+    assert plain.moves("float32", trained=True)
+    assert not none.moves("bfloat16", trained=True)
