@@ -98,6 +98,8 @@ class Policy:
     rules: tuple[PolicyRule, ...] = ()
     file: str = ""
     noise: NoisePolicy = NoisePolicy()
+    # A constant ratio of all gradients up to this far from 1 is a note, see `differ.judges.systematic`.
+    systematic: float = 0.0
 
     def tolerance(self, phase: Phase, dtype: str, name: str) -> Tolerance:
         """Tolerance of a record.  A phase without a table of its own (hparams, batch) is exact unless a rule says not."""
@@ -152,7 +154,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parse(document: Mapping[str, Any], under: Policy, origin: str) -> Policy:
     tables, replays, exact = dict(under.tables), dict(under.replays), dict(under.exact)
-    rules, noise = list(under.rules), under.noise
+    rules, noise, systematic = list(under.rules), under.noise, under.systematic
     phases = {phase.label for phase in Phase}
     for section, content in document.items():
         if section == "rule":
@@ -163,6 +165,8 @@ def _parse(document: Mapping[str, Any], under: Policy, origin: str) -> Policy:
             noise = replace(noise, **_numbers(content, _NOISE_FIELDS, f"{origin}: [noise]"))
             if noise.quantile > 1.0:
                 raise BadConfig(f"{origin}: [noise]: quantile must be between 0 and 1, not {noise.quantile:g}")
+        elif section == "notes":
+            systematic = _numbers(content, ("systematic",), f"{origin}: [notes]").get("systematic", systematic)
         elif section == "replay" or section in phases:
             for dtype, values in _dtypes(content, f"{origin}: [{section}]").items():
                 where = f"{origin}: [{section}.{dtype}]"
@@ -175,9 +179,9 @@ def _parse(document: Mapping[str, Any], under: Policy, origin: str) -> Policy:
         else:
             raise BadConfig(
                 f"{origin}: unknown section [{section}]",
-                f"use exact, noise, replay, rule or one of {sorted(phases)}",
+                f"use exact, noise, notes, replay, rule or one of {sorted(phases)}",
             )
-    return Policy(tables, replays, exact, tuple(rules), under.file, noise)
+    return Policy(tables, replays, exact, tuple(rules), under.file, noise, systematic)
 
 
 def _list(content: Any, origin: str) -> list[Any]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from differ.align import Row, Rows
 from differ.inputs import LORA_SCALE
+from differ.matching import Positions, match
 from differ.policy import Policy, default_policy
 from differ.result import Cause, Finding
 from tracer.dtypes import to_float64
@@ -136,6 +137,7 @@ class Context:
     def values(self, side: str, phase: Phase, step: int, name: str, micro_batch: int = WHOLE_STEP) -> Float64 | None:
         """A record as float64 in canonical shape, read only; aliases are followed, the user's name rules applied.
 
+        Of phase `forward` the rows at the positions that both sides have, see `positions`.
         None if there is no such record, it has no value, or the file holds only its digest.  Raises Damaged.
         """
         key = (side, phase, step, name, micro_batch)
@@ -145,11 +147,28 @@ class Context:
         row = self.row(side, phase, step, micro_batch)
         if row is None or name not in row.positions or not row.stored(name):
             return None
-        tensor = row.read(name)
+        matched = self._matched(side, phase, step, micro_batch)
+        tensor = (row if matched is None else matched).read(name)
         values = to_float64(tensor.stored, tensor.dtype)
         values.flags.writeable = False
         self._keep(key, values)
         return values
+
+    def positions(self, step: int, micro_batch: int) -> Positions | None:
+        """(row, position) in the batch of each row of `values` of phase `forward`, int64[n, 2]; None if that is not known."""
+        both = [self.row(side, Phase.FORWARD, step, micro_batch) for side in "ab"]
+        found = None if both[0] is None or both[1] is None else match(both[0], both[1])
+        return None if found is None else found.positions
+
+    def _matched(self, side: str, phase: Phase, step: int, micro_batch: int) -> Row | None:
+        """A row of `forward` at the positions that both sides have."""
+        if phase is not Phase.FORWARD:
+            return None
+        a, b = (self.row(one, phase, step, micro_batch) for one in "ab")
+        found = None if a is None or b is None else match(a, b)
+        if a is None or b is None or found is None:
+            return None
+        return found.rows(a, b)["ab".index(side)]
 
     def pair(self, phase: Phase, step: int, name: str, micro_batch: int = WHOLE_STEP) -> tuple[Float64, Float64] | None:
         """Both sides of a record, see `values`; None if a side has no value or the shapes differ."""

@@ -2,7 +2,7 @@
 
     scale      b = c a over the output of the first module that differs, c = sum ab / sum aa    undone: b / c
                named where c is bf16(sqrt(width)) / sqrt(width), an embedding scale (transformers #29402), or 1 / (1 - p)
-    position   r_p = |b_p - a_p| / |a_p| at position p, a_p of shape [rows, width]
+    position   r_p = |b_p - a_p| / |a_p| at token position p, over all rows of the batch that were recorded there
                from     the difference is all at p >= k, k > 0     packing without position reset, trl #3526
                grows    r_p = c p by least squares                 rotary phases in low precision, transformers #29285
                undone   the positions from k on, or the line
@@ -76,26 +76,26 @@ def _known(context: Context, fit: RatioFit, width: int) -> str:
 
 
 def _position(context: Context, first: Finding, number: int, a: Float64, b: Float64, *, noise: float) -> list[Cause]:
-    axis = _position_axis(context, first.step, number, a.shape)
-    if axis is None:
+    recorded = context.positions(first.step, number)
+    if recorded is None or a.ndim != 2 or len(recorded) != len(a):
         return []
-    other = tuple(i for i in range(a.ndim) if i != axis)
-    apart2, size2 = np.square(a - b).sum(axis=other), np.square(a).sum(axis=other)
+    # Token positions that were recorded, ascending, and which of them each row is at.
+    positions, at = np.unique(recorded[:, 1], return_inverse=True)
+    apart2, size2 = (np.bincount(at, np.square(values).sum(axis=1)) for values in (a - b, a))
     relative = np.sqrt(apart2 / np.maximum(size2, np.finfo(np.float64).tiny))
     differs = np.flatnonzero(relative > noise)
     if differs.size == 0:
         return []
     start = int(differs[0])
-    if start > 1 and differs.size >= (a.shape[axis] - start) / 2:
+    if start > 1 and differs.size >= (positions.size - start) / 2:
         share = explained_share(float(apart2.sum()), float(apart2[:start].sum()))
-        summary = f"the output of {first.name} differs from position {start} on, and agrees before it"
-        return [_cause("forward.position", summary, first, {"kind": "from", "position": start}, share)]
-    return _growth(first, relative)
+        summary = f"the output of {first.name} differs from position {positions[start]} on, and agrees before it"
+        return [_cause("forward.position", summary, first, {"kind": "from", "position": int(positions[start])}, share)]
+    return _growth(first, positions.astype(np.float64), relative)
 
 
-def _growth(first: Finding, relative: Float64) -> list[Cause]:
+def _growth(first: Finding, position: Float64, relative: Float64) -> list[Cause]:
     """A relative difference that is proportional to the position."""
-    position = np.arange(relative.size, dtype=np.float64)
     if relative.size < _FEWEST:
         return []
     slope = float(np.dot(position, relative) / np.dot(position, position))
@@ -108,15 +108,6 @@ def _growth(first: Finding, relative: Float64) -> list[Cause]:
         f"the difference in the output of {first.name} grows with the position, {slope:.3g} of its size a position"
     )
     return [_cause("forward.position", summary, first, {"kind": "grows", "slope": float(f"{slope:.4g}")}, share)]
-
-
-def _position_axis(context: Context, step: int, number: int, shape: tuple[int, ...]) -> int | None:
-    """The axis of an output that runs over positions: the second, if it is as long as the batch's rows."""
-    row = context.row("a", Phase.BATCH, step, number)
-    if row is None or "input_ids" not in row.positions or len(shape) < 3:
-        return None
-    ids = row.shape("input_ids")
-    return 1 if len(ids) == 2 and shape[:2] == ids else None
 
 
 def _cause(cause_id: str, summary: str, first: Finding, parameters: dict[str, object], share: float) -> Cause:

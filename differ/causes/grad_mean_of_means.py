@@ -5,14 +5,15 @@
 
 n_i supervised positions and g_i gradient of micro-batch i's mean loss, K micro-batches.  The identity needs the gradient of each
 micro-batch, as rows of `grad` with a micro-batch number: two accumulated gradients alone can always be written as
-some pair of g_i, so without those rows nothing is claimed.  The scale of an accumulated gradient is fitted (g_i may
-have been divided by K or by the step's tokens already): c = sum G x / sum xx with x the weighted sum.  Undone:
-each side against the other's weights is the difference, against its own the residual.  Sources: transformers #34191, #24725;
-mlx-lm #1413.
+some pair of g_i, so without those rows nothing is claimed.  A program that weighs its losses (transformers' Trainer) has
+n_i g_i / sum n_i there, from which g_i follows.  The scale of an accumulated gradient is fitted (g_i may have been divided by
+K already): c = sum G x / sum xx with x the weighted sum.  Undone: each side against the other's weights is the difference,
+against its own the residual.  Sources: transformers #34191, #24725; mlx-lm #1413.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,14 +61,15 @@ def _tested(context: Context, step: int, side: str, other: str, weights: _Weight
     sums, names = Sums(), []
     for name in context.suspects(Phase.GRAD, step):
         mine, theirs = (context.values(which, Phase.GRAD, step, name) for which in (side, other))
-        parts = _parts(context, side, step, name) or _parts(context, other, step, name)
-        if mine is None or theirs is None or parts is None or len(parts) != len(weights.means):
+        if mine is None or theirs is None:
             continue
-        means, tokens = _sum(weights.means, parts), _sum(weights.tokens, parts)
-        one = Sums(_off(mine, tokens) + _off(theirs, means), _off(mine, means) + _off(theirs, tokens))
-        if one.share >= 0.99:
-            sums += one
-            names.append(name)
+        for parts in _candidates(context, side, other, step, name, weights):
+            means, tokens = _sum(weights.means, parts), _sum(weights.tokens, parts)
+            one = Sums(_off(mine, tokens) + _off(theirs, means), _off(mine, means) + _off(theirs, tokens))
+            if one.share >= 0.99:
+                sums += one
+                names.append(name)
+                break
     if not names:
         return []
     counts = [context.scalar(side, Phase.BATCH, step, "tokens", m) for m in context.micro_batches(Phase.BATCH, step)]
@@ -80,6 +82,19 @@ def _tested(context: Context, step: int, side: str, other: str, weights: _Weight
             parameters={"tokens": counts}, explains=sums.share,
         )
     ]  # fmt: skip
+
+
+def _candidates(
+    context: Context, side: str, other: str, step: int, name: str, weights: _Weights
+) -> Iterator[list[Float64]]:
+    """What the gradients of the micro-batches' mean losses may be: as recorded, or as recorded by a program that had its losses
+    weighted by tokens already, without that weight.
+    """
+    for which in (side, other):
+        parts = _parts(context, which, step, name)
+        if parts is not None and len(parts) == len(weights.means):
+            yield parts
+            yield [part / weight for part, weight in zip(parts, weights.tokens, strict=True)]
 
 
 def _parts(context: Context, side: str, step: int, name: str) -> list[Float64] | None:

@@ -76,7 +76,13 @@ def _weight(a: Row, b: Row, name: str) -> Weight:
 
 
 def _cast(weight: Weight) -> tuple[str, str] | None:
-    """Side and dtype of a cast that gives this weight's extremes, norm and mean; None if none does."""
+    """Side and dtype of a cast that gives this weight's extremes, norm and mean; None if none does.
+
+    Equal numbers in bfloat16 and float16 lie on the coarser grid, so it is the finer side that was cast.
+    """
+    if set(weight.dtypes) == set(GRIDS) and np.array_equal(weight.extremes("a"), weight.extremes("b")):
+        finer = min("ab", key=lambda side: EPSILON[weight.dtypes["ab".index(side)]])
+        return finer, weight.dtypes["ab".index(finer)]
     for side, other in (("b", "a"), ("a", "b")):
         mine, theirs = (weight.dtypes[1], weight.dtypes[0]) if side == "b" else weight.dtypes
         if mine in GRIDS and mine != theirs and coarser(mine, theirs) == mine:

@@ -12,7 +12,7 @@ from typing import Final
 
 from differ.causes.context import Context
 from differ.causes.fit import Float64, Sums
-from differ.causes.records import Answer, Place, ask
+from differ.causes.records import Answer, Place, found
 from differ.result import Cause
 
 ID: Final = "layout.transpose"
@@ -20,17 +20,7 @@ ID: Final = "layout.transpose"
 
 def find(context: Context) -> list[Cause]:
     """One cause for every row with transposed records."""
-    causes = []
-    for group in ask(context, _question, any_shape=True):
-        verb = "is" if len(group.names) == 1 else "are"
-        summary = f"{group.subject} {verb} transposed: b is a read column by column"
-        causes.append(
-            Cause(
-                ID, summary, step=group.step, phase=group.phase.label, names=tuple(group.names), parameters={},
-                explains=group.sums.share,
-            )
-        )  # fmt: skip
-    return causes
+    return found(context, ID, _question, "transposed: b is a read column by column", any_shape=True)
 
 
 def _question(_place: Place, a: Float64, b: Float64) -> Answer[None] | None:

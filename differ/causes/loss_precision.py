@@ -32,12 +32,24 @@ _MOST: Final = 64
 def find(context: Context) -> list[Cause]:
     """At most one cause, for the first step with a finding in `loss`."""
     for step, _, _ in context.groups(Phase.LOSS):
-        losses = {side: _losses(context, side) for side in "ab"}
-        for dtype in (BFLOAT16, "float16"):
-            for side, other in (("a", "b"), ("b", "a")):
-                if _on_grid(losses[side], dtype) and not _on_grid(losses[other], dtype):
-                    return _tested(context, step, side, other, dtype)
+        return _at(context, step)
+    return []
+
+
+def note(context: Context) -> list[Cause]:
+    """The same of losses that are within tolerance, which in half precision hides it."""
+    if context.findings_in(Phase.LOSS):
         return []
+    steps = (step for step in context.steps() if step > 0 and context.micro_batches(Phase.LOSS, step))
+    return [found for step in [next(steps, None)] if step is not None for found in _at(context, step)]
+
+
+def _at(context: Context, step: int) -> list[Cause]:
+    losses = {side: _losses(context, side) for side in "ab"}
+    for dtype in (BFLOAT16, "float16"):
+        for side, other in (("a", "b"), ("b", "a")):
+            if _on_grid(losses[side], dtype) and losses[other] and not _on_grid(losses[other], dtype):
+                return _tested(context, step, side, other, dtype)
     return []
 
 

@@ -15,13 +15,14 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from differ.causes import loss_precision
 from differ.causes.constants import name_factor
 from differ.causes.context import Context
 from differ.causes.fit import RatioFit
 from differ.result import Cause, Finding
 from tracer.schema import REPORTED_PREFIX, Phase
 
-IDS: Final = ("grad.scale", "loss.reduction")
+IDS: Final = ("grad.scale", "loss.reduction", loss_precision.ID)
 
 STANDARD_ERRORS: Final = 5.0
 SMALLEST: Final = 3e-6
@@ -34,8 +35,14 @@ _AFTER: Final = (Phase.CLIPPED_GRAD, Phase.OPT_STATE, Phase.PARAM, Phase.EVAL)
 
 
 def find(context: Context) -> list[Cause]:
-    """At most one note for the losses of all steps, and one for the gradients of the first step that shows it."""
+    """At most one note for the losses of all steps, one for the gradients of the first step that shows it, one for a dtype."""
+    return [*_systematic(context), *loss_precision.note(context)]
+
+
+def _systematic(context: Context) -> list[Cause]:
     steps = comparable_steps(context)
+    if any(note.id == IDS[0] and note.explains is not None for note in context.notes):
+        return _losses(context, steps)  # a judge has said it of the gradients already
     return [*_losses(context, steps), *_gradients(context, steps)]
 
 
@@ -83,7 +90,11 @@ def _lasting(noted: Sequence[tuple[int, RatioFit, tuple[str, ...]]], looked_at: 
 
 
 def _losses(context: Context, steps: Sequence[int]) -> list[Cause]:
-    """All losses of the comparable steps together: each is one number."""
+    """All losses of the comparable steps together: each is one number.  Losses that the judge found to be the same under
+    another reduction have its factor, and that is said already.
+    """
+    if any(note.id == "loss.weighted" for note in context.notes):
+        return []
     fit, seen = RatioFit(), []
     for step in steps:
         for number in context.micro_batches(Phase.LOSS, step):

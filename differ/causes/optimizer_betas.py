@@ -28,7 +28,9 @@ from differ.causes.updates import (
     supposed,
     with_hyper,
 )
-from differ.replay.optimizer import ADAM_RULES, FIRST_MOMENT, MOMENT_RULES, SECOND_MOMENT, MomentInputs
+from differ.replay.optimizer import MomentInputs
+from differ.replay.rules.adam import FIRST_MOMENT, MOMENT_RULES, SECOND_MOMENT
+from differ.replay.rules.adam import RULES as ADAM_RULES
 from differ.result import Cause
 from tracer.names import split_state_name
 from tracer.schema import Phase

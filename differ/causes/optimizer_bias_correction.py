@@ -3,6 +3,7 @@
     corrected     lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)        Kingma & Ba 2015, arXiv:1412.6980, algorithm 1
     uncorrected   lr m / (sqrt(v) + eps)                                    mlx.optimizers.Adam(bias_correction=False)
     ratio         uncorrected / corrected = (1 - b1^t) / sqrt(1 - b2^t)     3.162 at t = 1, 6.528 at 10, 1.26 at 1000
+                  of Adamax 1 - b1^t                                        0.1 at t = 1
 
 Undone: each side replayed under its own rule instead of the other's.  Half a correction is tested for a side that
 follows no rule, with one beta supposed 0 in the correction.
@@ -16,9 +17,7 @@ from typing import Final
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
 from differ.causes.updates import (
-    Followed,
-    apart,
-    exchanged,
+    between,
     followed,
     how_many,
     inputs_of,
@@ -26,7 +25,8 @@ from differ.causes.updates import (
     supposed,
     with_hyper,
 )
-from differ.replay.optimizer import ADAM_RULES, Hyper
+from differ.replay.rules.adam import RULES as ADAM_RULES
+from differ.replay.rules.base import OPTIMIZER, Hyper
 from differ.result import Cause
 from tracer.schema import Phase
 
@@ -47,20 +47,18 @@ def find(context: Context) -> list[Cause]:
 
 def _between(context: Context, step: int, phase: Phase) -> list[Cause]:
     """One side corrects, the other does not."""
-    sums, names, without = Sums(), [], ""
-    for one in apart(context, phase, step):
-        choices = _choices(one)
-        if choices is None or choices[0] == choices[1]:
-            continue
-        own = exchanged(context, phase, step, one)
-        if own.share >= SHOWN:
-            sums += own
-            names.append(one.name)
-            without = "a" if choices[0] == "no" else "b"
+    groups = between(context, phase, step, ASPECT)
+    if not groups:
+        return []
+    (ways, group), *_ = sorted(groups.items(), key=lambda item: -len(item[1].names))
+    names, sums, without = group.names, group.sums, "a" if ways[0] == "no" else "b"
     hyper = _hyper(context, without, step, names)
     if hyper is None:
         return []
-    ratio = float(f"{_ratio(hyper):.5g}")
+    families = {
+        dict(how).get(OPTIMIZER) for one in followed(context, phase, step) if one.name in names for how in one.a
+    }
+    ratio = float(f"{_ratio(hyper, second=families != {'adamax'}):.5g}")
     where = how_many(names, _concerned(context, phase, step))
     other = "b" if without == "a" else "a"
     summary = f"{without} applies no bias correction{where} (updates {ratio:.4g} times as large); {other} does"
@@ -95,23 +93,17 @@ def _half(context: Context, step: int, phase: Phase) -> list[Cause]:
     return causes
 
 
-def _choices(one: Followed) -> tuple[str, str] | None:
-    rules = one.nearest
-    if rules is None:
-        return None
-    a, b = (dict(how).get(ASPECT) for how in rules)
-    return None if a is None or b is None else (a, b)
-
-
 def _hyper(context: Context, side: str, step: int, names: list[str]) -> Hyper | None:
     inputs = inputs_of(context, side, Phase.PARAM, step, names[0]) if names else None
     return None if inputs is None else inputs.hyper
 
 
-def _ratio(hyper: Hyper) -> float:
-    """Uncorrected over corrected update, eps aside."""
-    second = 1.0 - hyper.beta2**hyper.step
-    return (1.0 - hyper.beta1**hyper.step) / math.sqrt(second) if second > 0.0 else math.inf
+def _ratio(hyper: Hyper, *, second: bool) -> float:
+    """Uncorrected over corrected update, eps aside; Adamax has no `second` moment to correct."""
+    if not second:
+        return 1.0 - hyper.beta1**hyper.step
+    second_moment = 1.0 - hyper.beta2**hyper.step
+    return (1.0 - hyper.beta1**hyper.step) / math.sqrt(second_moment) if second_moment > 0.0 else math.inf
 
 
 def _concerned(context: Context, phase: Phase, step: int) -> int:

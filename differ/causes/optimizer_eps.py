@@ -19,8 +19,7 @@ from typing import Final
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
 from differ.causes.updates import (
-    apart,
-    exchanged,
+    between,
     fit,
     how_many,
     inputs_of,
@@ -29,7 +28,8 @@ from differ.causes.updates import (
     supposed,
     with_hyper,
 )
-from differ.replay.optimizer import ADAM_RULES, Rule
+from differ.replay.rules.adam import RULES as ADAM_RULES
+from differ.replay.rules.base import Rule
 from differ.result import Cause
 from tracer.schema import Phase
 
@@ -40,6 +40,7 @@ _WORDS: Final = {
     "outside": "adds eps to the corrected root",
     "inside": "adds eps inside the root",
     "before": "adds eps before the correction",
+    "norm": "adds eps to the gradient's size",
 }
 # eps is looked for from 1e-16 to 1, three to a decade, then refined.
 _GRID: Final = tuple(10.0 ** (k / 3.0) for k in range(-48, 1))
@@ -57,26 +58,18 @@ def find(context: Context) -> list[Cause]:
 
 def _between(context: Context, step: int, phase: Phase) -> list[Cause]:
     """The two sides add eps at different places."""
-    sums: dict[tuple[str, str], Sums] = {}
-    names: dict[tuple[str, str], list[str]] = {}
-    for one in apart(context, phase, step):
-        rules = one.nearest
-        places = None if rules is None else (dict(rules[0]).get(ASPECT, ""), dict(rules[1]).get(ASPECT, ""))
-        own = exchanged(context, phase, step, one)
-        if places is None or places[0] == places[1] or own.share < SHOWN:
-            continue
-        sums.setdefault(places, Sums()).__iadd__(own)
-        names.setdefault(places, []).append(one.name)
     causes = []
-    for (a, b), found in names.items():
+    for (a, b), group in between(context, phase, step, ASPECT).items():
+        if a not in _WORDS or b not in _WORDS:
+            continue
         # Adding it to the corrected root is what torch and MLX do.
         side = None if "outside" not in (a, b) else "a" if b == "outside" else "b"
         order = (("b", b), ("a", a)) if side == "b" else (("a", a), ("b", b))
         summary = f"{order[0][0]} {_WORDS[order[0][1]]}; {order[1][0]} {_WORDS[order[1][1]]}"
         causes.append(
             Cause(
-                ID, summary, side=side, step=step, phase=phase.label, names=tuple(found), parameters={"a": a, "b": b},
-                explains=sums[a, b].share,
+                ID, summary, side=side, step=step, phase=phase.label, names=tuple(group.names), parameters={"a": a, "b": b},
+                explains=group.sums.share,
             )
         )  # fmt: skip
     return causes
@@ -114,7 +107,7 @@ def _fit_eps(context: Context, side: str, step: int, names: list[str]) -> tuple[
     best: tuple[float, float, Rule] | None = None
     name = max(names, key=lambda name: _stray_size(context, side, step, name))
     inputs = inputs_of(context, side, Phase.PARAM, step, name)
-    if inputs is None or inputs.rules != ADAM_RULES:
+    if inputs is None or ADAM_RULES[0] not in inputs.rules:
         return None
     for how in (how for how in ADAM_RULES if dict(how)[ASPECT] == "outside"):
 

@@ -16,7 +16,9 @@ from differ.align import Tensor
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
 from differ.causes.updates import Inputs, how_many, parameters_named, strays, supposed
-from differ.replay.optimizer import MOMENT_RULES, MOMENTUM_RULES, MomentInputs
+from differ.replay.optimizer import MomentInputs
+from differ.replay.rules.adam import MOMENT_RULES
+from differ.replay.rules.sgd import MOMENTUM_RULES
 from differ.result import Cause, Finding
 from tracer.names import split_state_name
 from tracer.schema import Phase

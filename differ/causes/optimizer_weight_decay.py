@@ -22,8 +22,7 @@ from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
 from differ.causes.updates import (
     Inputs,
-    apart,
-    exchanged,
+    between,
     followed,
     how_many,
     inputs_of,
@@ -33,7 +32,8 @@ from differ.causes.updates import (
     supposed,
     with_hyper,
 )
-from differ.replay.optimizer import Rule, UpdateInputs, update_block
+from differ.replay.optimizer import UpdateInputs, update_block
+from differ.replay.rules.base import Rule
 from differ.result import Cause
 from tracer.schema import Phase
 
@@ -44,6 +44,7 @@ _WORDS: Final = {
     "decoupled": "decays the weights (decoupled)",
     "coupled": "adds the weight decay to the gradient (coupled)",
     "none": "applies no weight decay",
+    "rate": "decays the weights by the scaled step size",
 }
 
 
@@ -58,18 +59,11 @@ def find(context: Context) -> list[Cause]:
 
 def _between(context: Context, step: int, phase: Phase) -> list[Cause]:
     """The two sides decay in different ways: one cause for each pair of ways."""
-    sums: dict[tuple[str, str], Sums] = {}
-    names: dict[tuple[str, str], list[str]] = {}
-    for one in apart(context, phase, step):
-        rules = one.nearest
-        ways = None if rules is None else (dict(rules[0]).get(ASPECT, ""), dict(rules[1]).get(ASPECT, ""))
-        own = exchanged(context, phase, step, one)
-        if ways is None or ways[0] == ways[1] or own.share < SHOWN:
-            continue
-        sums.setdefault(ways, Sums()).__iadd__(own)
-        names.setdefault(ways, []).append(one.name)
+    groups = between(context, phase, step, ASPECT)
+    if not groups:
+        return []
     total = len(parameters_named(_concerned(context, phase, step), phase))
-    return [_cause(context, step, phase, ways, names[ways], sums[ways], total) for ways in names]
+    return [_cause(context, step, phase, ways, group.names, group.sums, total) for ways, group in groups.items()]
 
 
 def _cause(

@@ -13,7 +13,7 @@ from typing import Final, Generic, TypeVar
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Float64, Sums
 from differ.inputs import LORA_SCALE
-from differ.result import Finding
+from differ.result import Cause, Finding
 from tracer.schema import REPORTED_PREFIX, RNG_PREFIX, WHOLE_STEP, Phase
 
 K = TypeVar("K", bound=Hashable)
@@ -91,6 +91,22 @@ def ask(
     for group in groups.values():
         group.names = sorted(set(group.names))
     return list(groups.values())
+
+
+def found(
+    context: Context, cause_id: str, question: Question[None], words: str, *, any_shape: bool = False
+) -> list[Cause]:
+    """One cause for every row with records that answer; `words` is what they are: `negated: b is -a`."""
+    causes = []
+    for group in ask(context, question, any_shape=any_shape):
+        summary = f"{group.subject} {'is' if len(group.names) == 1 else 'are'} {words}"
+        causes.append(
+            Cause(
+                cause_id, summary, step=group.step, phase=group.phase.label, names=tuple(group.names), parameters={},
+                explains=group.sums.share,
+            )
+        )  # fmt: skip
+    return causes
 
 
 def suspects(context: Context, step: int, phase: Phase, found: Sequence[Finding]) -> Iterator[Place]:

@@ -11,7 +11,7 @@ from typing import Final
 
 from differ.causes.context import Context
 from differ.causes.fit import Float64, RatioFit, Sums
-from differ.causes.records import Answer, Place, ask
+from differ.causes.records import Answer, Place, found
 from differ.result import Cause
 
 ID: Final = "sign"
@@ -21,17 +21,7 @@ CLOSE: Final = 1e-3
 
 def find(context: Context) -> list[Cause]:
     """One cause for every row with negated records."""
-    causes = []
-    for group in ask(context, _question):
-        verb = "is" if len(group.names) == 1 else "are"
-        summary = f"{group.subject} {verb} negated: b is -a"
-        causes.append(
-            Cause(
-                ID, summary, step=group.step, phase=group.phase.label, names=tuple(group.names), parameters={},
-                explains=group.sums.share,
-            )
-        )  # fmt: skip
-    return causes
+    return found(context, ID, _question, "negated: b is -a")
 
 
 def _question(_place: Place, a: Float64, b: Float64) -> Answer[None] | None:

@@ -10,17 +10,21 @@ No finder: registers nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from differ.causes.context import Context
-from differ.causes.fit import Sums
+from differ.causes.fit import SHOWN, Sums
 from differ.policy import ReplayTolerance
+from differ.replay.bundle import bundle, chunks
 from differ.replay.fit import Fit
-from differ.replay.gather import moment_inputs, update_inputs
-from differ.replay.optimizer import ORDER, Hyper, MomentInputs, Rule, UpdateInputs, differing_aspects
-from differ.result import Cause
+from differ.replay.gather import hyper_of, moment_inputs, update_inputs
+from differ.replay.optimizer import MomentInputs, UpdateInputs
+from differ.replay.rules import ORDER
+from differ.replay.rules.base import OPTIMIZER, Hyper, Rule, differing_aspects
+from differ.result import Cause, Finding, Kind
 from tracer.dtypes import is_float
 from tracer.names import split_state_name
 from tracer.schema import Phase
@@ -54,6 +58,17 @@ class Followed:
             return None
         return min(pairs, key=lambda both: (len(differing_aspects(*both)), ORDER[both[0]] + ORDER[both[1]]))
 
+    def ways(self, aspect: str) -> tuple[str, str] | None:
+        """The choices of one aspect in which the nearest rules of the two sides differ; None if they do not, or are of
+        two optimizers.
+        """
+        rules = self.nearest
+        if rules is None:
+            return None
+        a, b = (dict(how) for how in rules)
+        known = aspect in a and aspect in b and (aspect == OPTIMIZER or a.get(OPTIMIZER) == b.get(OPTIMIZER))
+        return (a[aspect], b[aspect]) if known and a[aspect] != b[aspect] else None
+
     @property
     def stray(self) -> str | None:
         """The side that follows no rule, if exactly one does."""
@@ -82,10 +97,15 @@ def strays(context: Context, phase: Phase, step: int) -> Iterator[tuple[str, lis
 
 
 def _followed(context: Context, phase: Phase, step: int) -> Iterator[Followed]:
-    for name in context.differing(phase, step):
-        a, b = inputs_of(context, "a", phase, step, name), inputs_of(context, "b", phase, step, name)
-        if a is not None and b is not None:
-            yield Followed(name, _rules(context, a), _rules(context, b))
+    row = context.row("a", phase, step)
+    names = context.differing(phase, step)
+    for portion in chunks(names, lambda name: 0 if row is None else math.prod(row.shape(name))):
+        a, b = ([inputs_of(context, side, phase, step, name) for name in portion] for side in "ab")
+        bundle(a)
+        bundle(b)
+        for name, mine, theirs in zip(portion, a, b, strict=True):
+            if mine is not None and theirs is not None:
+                yield Followed(name, _rules(context, mine), _rules(context, theirs))
 
 
 def inputs_of(context: Context, side: str, phase: Phase, step: int, name: str) -> Inputs | None:
@@ -110,6 +130,27 @@ def tolerance_of(context: Context, inputs: Inputs) -> ReplayTolerance:
 def fit(context: Context, inputs: Inputs, how: Rule) -> Fit:
     """One replay."""
     return inputs.fit(how, tolerance_of(context, inputs))
+
+
+@dataclass(slots=True)
+class Ways:
+    """Tensors whose two sides choose differently in one aspect, and what exchanging the rules undoes."""
+
+    names: list[str] = field(default_factory=list)
+    sums: Sums = field(default_factory=Sums)
+
+
+def between(context: Context, phase: Phase, step: int, aspect: str) -> dict[tuple[str, str], Ways]:
+    """The tensors of a phase by the ways in which a and b differ in an aspect, where that explains them."""
+    found: dict[tuple[str, str], Ways] = {}
+    for one in apart(context, phase, step):
+        ways = one.ways(aspect)
+        own = exchanged(context, phase, step, one) if ways is not None else Sums()
+        if ways is not None and own.share >= SHOWN:
+            group = found.setdefault(ways, Ways())
+            group.names.append(one.name)
+            group.sums += own
+    return found
 
 
 def exchanged(context: Context, phase: Phase, step: int, one: Followed) -> Sums:
@@ -165,14 +206,16 @@ def parameters_named(names: Sequence[str], phase: Phase) -> tuple[str, ...]:
 def settings_causes(context: Context, cause_id: str, keys: Sequence[str], words: str) -> list[Cause]:
     """Causes for findings in `hparams`: a recorded setting differs.  `words` names it: `weight decay`.
 
-    A setting that one side lacks counts as 0.  Undone: one side's value in place of the other's.
+    A setting that one side's group lacks counts as 0.  Undone: one side's value in place of the other's.
     """
     causes = []
     for step, _, found in context.groups(Phase.HPARAMS):
         for finding in found:
             if finding.name is None or finding.name.rpartition(".")[2] not in keys:
                 continue
-            key = finding.name.rpartition(".")[2]
+            group, _, key = finding.name.rpartition(".")
+            if not all(f"{group}.lr" in context.names(side, Phase.HPARAMS, step) for side in "ab"):
+                continue  # a group that one side has not got is no setting of 0
             a, b = (context.scalar(side, Phase.HPARAMS, step, finding.name) or 0.0 for side in "ab")
             name = f"{words} ({key})" if len(keys) > 1 else words
             groups = {
@@ -185,7 +228,29 @@ def settings_causes(context: Context, cause_id: str, keys: Sequence[str], words:
                     parameters={"setting": key, "a": a, "b": b}, explains=1.0,
                 )
             )  # fmt: skip
+        causes += _dealt_otherwise(context, cause_id, keys, words, step, found)
     return causes
+
+
+def _dealt_otherwise(
+    context: Context, cause_id: str, keys: Sequence[str], words: str, step: int, found: Sequence[Finding]
+) -> list[Cause]:
+    """Parameters that are in another group on either side, by the values of one setting."""
+    groups: dict[tuple[str, float, float], list[str]] = {}
+    for name in (f.name for f in found if f.name is not None and f.kind is Kind.STATE):
+        hypers = [hyper_of(context.rows(side), step, name) for side in "ab"]
+        for key in keys if None not in hypers else ():
+            a, b = (float(getattr(hyper, key)) for hyper in hypers)
+            if a != b:
+                groups.setdefault((key, a, b), []).append(name)
+    return [
+        Cause(
+            cause_id, f"{words} of {names[0] if len(names) == 1 else f'{len(names):,} parameters'}: a {a:g}, b {b:g}",
+            step=step, phase=Phase.HPARAMS.label, names=tuple(names), parameters={"setting": key, "a": a, "b": b},
+            explains=1.0,
+        )
+        for (key, a, b), names in groups.items()
+    ]  # fmt: skip
 
 
 def how_many(names: Sequence[str], total: int) -> str:

@@ -11,23 +11,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from differ.align import Row
 from differ.compare import Distance, distance
 from differ.inputs import parameters_before
 from differ.judges.across import judge_across, waived
 from differ.judges.clip import largest_difference
+from differ.replay.bundle import bundle, chunks
 from differ.replay.fit import Fit
 from differ.replay.gather import moment_inputs, update_inputs
-from differ.replay.optimizer import (
-    ORDER,
-    SENTENCES,
-    MomentInputs,
-    Rule,
-    UpdateInputs,
-    differing_aspects,
-)
+from differ.replay.optimizer import MomentInputs, UpdateInputs
+from differ.replay.rules import ORDER, SENTENCES
+from differ.replay.rules.base import Rule, differing_aspects
 from differ.result import Cause
-from differ.session import RowPair, Session, value_finding
+from differ.session import KnownRules, RowPair, Session, value_finding
 from tracer.dtypes import is_float
 from tracer.schema import Phase, State
 
@@ -95,17 +90,17 @@ def judge_opt_state(session: Session, pair: RowPair, names: Sequence[str]) -> No
 
 
 def _judge(session: Session, pair: RowPair, names: Sequence[str]) -> None:
-    likely: list[Rule] = []
-    parted: dict[Rule, None] = {}
+    known = session.known.setdefault(pair.phase, KnownRules())
     outcomes = []
-    for name in names:
-        outcome = Outcome(name, SideFit(), SideFit())
-        _fit_both(session, pair, outcome, likely, parted)
-        if outcome.common is None:
-            parted |= dict.fromkeys((*outcome.a.rules, *outcome.b.rules))
-        elif outcome.common not in likely:
-            likely.insert(0, outcome.common)
-        outcomes.append(outcome)
+    for portion in chunks(names, lambda name: math.prod(pair.a.shape(name))):
+        a, b = ([_inputs(session, pair, side, name) for name in portion] for side in "ab")
+        bundle(a)
+        bundle(b)
+        for name, mine, theirs in zip(portion, a, b, strict=True):
+            outcome = Outcome(name, SideFit(), SideFit())
+            _fit_both(session, outcome, known, mine, theirs)
+            _remember(known, outcome)
+            outcomes.append(outcome)
     family = pair.phase.label
     for side in "ab":
         if any(getattr(outcome, side).rules and getattr(outcome, side).moved for outcome in outcomes):
@@ -163,42 +158,70 @@ def _unknown(session: Session, family: str, outcome: Outcome) -> bool:
     return False
 
 
-def _fit_both(
-    session: Session, pair: RowPair, outcome: Outcome, likely: Sequence[Rule], parted: Iterable[Rule]
-) -> None:
-    """Try the rules that fitted other tensors first; all of them only if those do not give both sides.
+def _remember(known: KnownRules, outcome: Outcome) -> None:
+    """Keep what this tensor says of the next ones."""
+    if outcome.common is not None:
+        if outcome.common not in known.common:
+            known.common.insert(0, outcome.common)
+    elif outcome.a.rules and outcome.b.rules:
+        nearest = _nearest(outcome.a.rules, outcome.b.rules)
+        if nearest not in known.parted:
+            known.parted.insert(0, nearest)
+    else:
+        for side in "ab":
+            own = known.own[side]
+            own.extend(how for how in getattr(outcome, side).rules if how not in own)
 
-    `likely`: rules that gave both sides of a tensor.  `parted`: those of tensors whose sides follow different ones.
-    """
-    a = _inputs(session, pair, pair.a, outcome.name, "a")
-    b = _inputs(session, pair, pair.b, outcome.name, "b")
+
+def _fit_both(session: Session, outcome: Outcome, known: KnownRules, a: Inputs | None, b: Inputs | None) -> None:
+    """Try the rules that fitted other tensors first; all of them only if those do not tell both sides."""
     outcome.a.tried, outcome.b.tried = a is not None, b is not None
     if a is None or b is None:
         return
-    outcome.a.moved, outcome.b.moved = (not distance(x.before, x.after).equal for x in (a, b))
-    for how in likely:
+    outcome.a.moved, outcome.b.moved = (_moved(x) for x in (a, b))
+    for how in known.common:
         _try(session, a, how, outcome.a)
         _try(session, b, how, outcome.b)
         if outcome.common is not None:
             return
-    for how in parted:
-        _try(session, a, how, outcome.a)
-        _try(session, b, how, outcome.b)
-    if outcome.a.rules and outcome.b.rules:
-        return
-    for inputs, side in ((a, outcome.a), (b, outcome.b)):
-        for how in inputs.rules:
-            if how not in side.rules:
-                _try(session, inputs, how, side)
+    for mine, theirs in known.parted:
+        for how in (mine, theirs):
+            _try(session, a, how, outcome.a)
+            _try(session, b, how, outcome.b)
+        if outcome.common is not None or (mine in outcome.a.rules and theirs in outcome.b.rules):
+            return
+    sides = ((a, outcome.a, known.own["a"]), (b, outcome.b, known.own["b"]))
+    for inputs, side, own in sides:
+        if not side.rules:
+            _try_all(session, inputs, side, own, first=True)
+        if not side.rules:
+            _try_all(session, inputs, side, inputs.rules, first=True)
+    if outcome.common is None and outcome.a.rules and outcome.b.rules:
+        # In how few aspects the two differ is told by all that fit.
+        for inputs, side, _ in sides:
+            _try_all(session, inputs, side, inputs.rules)
 
 
-def _inputs(session: Session, pair: RowPair, row: Row, name: str, side: str) -> Inputs | None:
-    rows = session.a if side == "a" else session.b
+def _try_all(session: Session, inputs: Inputs, side: SideFit, rules: Iterable[Rule], *, first: bool = False) -> None:
+    """Try rules; `first`: until one fits."""
+    for how in rules:
+        _try(session, inputs, how, side)
+        if first and side.rules:
+            return
+
+
+def _moved(inputs: Inputs) -> bool:
+    before, after = inputs.before, inputs.after
+    return before.dtype != after.dtype or not bool((before.stored == after.stored).all())
+
+
+def _inputs(session: Session, pair: RowPair, side: str, name: str) -> Inputs | None:
+    rows, row = (session.a, pair.a) if side == "a" else (session.b, pair.b)
     return update_inputs(rows, row, name) if pair.phase is Phase.PARAM else moment_inputs(rows, row, name)
 
 
 def _try(session: Session, inputs: Inputs, how: Rule, side: SideFit) -> None:
-    if how not in inputs.rules:
+    if how in side.rules or how in side.missed or how not in inputs.rules:
         return
     tolerance = session.policy.replay(inputs.after.dtype)
     fit = inputs.fit(how, tolerance)
@@ -259,6 +282,14 @@ def _aspects(outcome: Outcome) -> frozenset[str]:
     return min(pairs, key=lambda aspects: (len(aspects), sorted(aspects)), default=frozenset())
 
 
+def _nearest(a: Iterable[Rule], b: Iterable[Rule]) -> tuple[Rule, Rule]:
+    """A rule of each side that differ in the fewest aspects."""
+    return min(
+        ((x, y) for x in a for y in b),
+        key=lambda both: (len(differing_aspects(*both)), ORDER[both[0]] + ORDER[both[1]], ORDER[both[0]]),
+    )
+
+
 def _find_group(session: Session, pair: RowPair, outcomes: Sequence[Outcome]) -> None:
     outcome, measured = _foremost(pair, outcomes)
     name = outcome.name
@@ -304,10 +335,7 @@ def _shown(outcome: Outcome, side: str) -> Rule:
     mine, other = (outcome.a, outcome.b) if side == "a" else (outcome.b, outcome.a)
     if not other.rules:
         return min(mine.rules, key=ORDER.__getitem__)
-    best = min(
-        ((x, y) for x in mine.rules for y in other.rules),
-        key=lambda both: (len(differing_aspects(*both)), ORDER[both[0]] + ORDER[both[1]], ORDER[both[0]]),
-    )
+    best = _nearest(mine.rules, other.rules)
     aspects = differing_aspects(*best)
     return tuple(item for item in best[0] if item[0] in aspects)
 

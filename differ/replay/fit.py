@@ -1,9 +1,10 @@
 """How well recorded outputs fit a replay of them.
 
-    fits  <=>  |r| <= |s|  and  max |r_i| / s_i <= spike
+    fits  <=>  |r| <= |s|  and  max |r_i| / s_i <= spike  and  |p.r| / p.p <= length
 
-with r the residual and s what rounding may cost, element by element: the norm is the robust measure, the largest
-element sees what a norm over a large tensor would bury.  NaN fits NaN, and an infinity itself.
+with r the residual, s what rounding may cost, element by element, and p what was expected: the norm is the robust measure,
+the largest element sees what a norm over a large tensor would bury, and `length` (where a rule sets one) what noise in all
+elements would.  NaN fits NaN, and an infinity itself.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ class Fit:
     at: int = 0
     recorded: float = 0.0
     expected: float = 0.0
+    length: float = math.inf
+    along: float = 0.0
+    size2: float = 0.0
+
+    def add_along(self, residual: Float64, step: Float64) -> None:
+        """Add one block of a residual and of what it is the residual of."""
+        self.along += float(np.dot(residual, step))
+        self.size2 += float(np.dot(step, step))
 
     def add(self, start: int, recorded: Float64, expected: Float64, allowed: Float64) -> None:
         """Add one block: what was recorded, what the replay gives, what each element may be off by (all > 0)."""
@@ -48,13 +57,19 @@ class Fit:
             self.largest, self.at = float(share[worst]), start + worst
             self.recorded, self.expected = float(recorded[worst]), float(expected[worst])
 
+    @staticmethod
+    def none(spike: float) -> Fit:
+        """The fit of a rule that says nothing of these inputs."""
+        return Fit(spike, residual2=math.inf, largest=math.inf)
+
     @property
     def margin(self) -> float:
         """Observed over allowed, 1 being the limit."""
         if self.residual2 == 0.0:
             return 0.0
         share = math.sqrt(self.residual2 / self.allowed2) if self.allowed2 > 0.0 else math.inf
-        return max(share, self.largest / self.spike)
+        longer = abs(self.along) / self.size2 / self.length if self.size2 > 0.0 else 0.0
+        return max(share, self.largest / self.spike, longer)
 
     @property
     def ok(self) -> bool:

@@ -1,44 +1,96 @@
 """Collect what a replay needs from one trace: settings, gradient, state and parameters of one name at one step.
 
-Returns None where the trace does not hold it (narrowed with --what or --steps), never a guess: only an optimizer's state
-before its first step is known without being recorded, and is zero.
+Gives None where the trace does not hold it (narrowed with --what or --steps), never a guess: only an optimizer's state
+before its first step is known without being recorded.  Tensors are read when a rule asks for them.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
 
 from differ.align import Row, Rows, Tensor
 from differ.inputs import parameters_before
-from differ.replay.optimizer import FIRST_MOMENT, MOMENTUM, SECOND_MOMENT, Hyper, MomentInputs, UpdateInputs
+from differ.replay.optimizer import MomentInputs, UpdateInputs
+from differ.replay.rules import initial, moment_rules, update_rules
+from differ.replay.rules.base import Hyper
+from tracer.dtypes import DTYPES, is_float
 from tracer.names import split_state_name, state_name
 from tracer.schema import Phase
 
 # Settings that a framework may hold as float32: 0.99900001287 is 0.999.
 SIGNIFICANT_DIGITS: Final = 7
+# Derived values that are kept of one tensor.
+_KEPT: Final = 8
+
+_SETTINGS: Final = ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum", "dampening")
+
+
+class Held:
+    """What one trace holds of one parameter around the update of one step."""
+
+    def __init__(self, rows: Rows, step: int, parameter: str, hyper: Hyper, kinds: frozenset[str]) -> None:
+        self._rows, self._step, self._name, self._hyper = rows, step, parameter, hyper
+        self.kinds = kinds
+        self._state: dict[tuple[str, int], Tensor | None] = {}
+        self._derived: dict[object, Any] = {}
+
+    @cached_property
+    def gradient(self) -> Tensor | None:
+        """The clipped gradient."""
+        rows, step = self._rows, self._step
+        return _read(rows, rows.get(Phase.CLIPPED_GRAD, step) or rows.get(Phase.GRAD, step), self._name)
+
+    @cached_property
+    def parameter(self) -> Tensor | None:
+        """The parameter before this update."""
+        return _read(self._rows, parameters_before(self._rows, self._step), self._name)
+
+    def state(self, kind: str) -> Tensor | None:
+        """State after this update."""
+        return self._at(kind, self._step)
+
+    def earlier(self, kind: str) -> Tensor | None:
+        """State before this update; before the first one what an optimizer starts from."""
+        if self._step == 1 and self._rows.get(Phase.OPT_STATE, 0) is None:
+            now = self._rows.get(Phase.OPT_STATE, 1)
+            name = state_name(self._name, kind)
+            return None if now is None or name not in now.positions else start_of(now, name, kind, self._hyper)
+        return self._at(kind, self._step - 1)
+
+    def remember(self, key: object, compute: Callable[[], Any]) -> Any:
+        """A derived value, computed once; only the last few are kept."""
+        if key not in self._derived:
+            while len(self._derived) >= _KEPT:
+                del self._derived[next(iter(self._derived))]
+            self._derived[key] = compute()
+        return self._derived[key]
+
+    def _at(self, kind: str, step: int) -> Tensor | None:
+        if (kind, step) not in self._state:
+            self._state[kind, step] = _read(
+                self._rows, self._rows.get(Phase.OPT_STATE, step), state_name(self._name, kind)
+            )
+        return self._state[kind, step]
 
 
 def update_inputs(rows: Rows, row: Row, name: str) -> UpdateInputs | None:
     """Inputs of a parameter's update; `row` is the param row, `name` the parameter."""
     step = row.view.step
     hyper = hyper_of(rows, step, name)
-    before = _read(parameters_before(rows, step), name, row.shape(name))
-    if hyper is None or before is None:
+    before = _read(rows, parameters_before(rows, step), name)
+    if hyper is None or before is None or before.shape != row.shape(name):
         return None
-    state = rows.get(Phase.OPT_STATE, step)
-    first = _read(state, state_name(name, FIRST_MOMENT), row.shape(name))
-    second = _read(state, state_name(name, SECOND_MOMENT), row.shape(name))
-    if first is not None and second is not None:
-        return UpdateInputs(before, row.read(name), None, first, second, hyper)
-    gradient = _read(_gradients(rows, step), name, row.shape(name))
-    if hyper.beta1 or hyper.beta2 or first is not None or second is not None or gradient is None:
+    held = Held(rows, step, name, hyper, kinds_of(rows, step, name))
+    # The settings are remembered by the rows, so they keep their identity.
+    rules = rows.remember(("rules", id(hyper), held.kinds), lambda: update_rules(held.kinds, hyper))
+    # Adam's update is told by its state alone; nothing else is.
+    if not rules or ("exp_avg_sq" not in held.kinds and held.gradient is None):
         return None
-    buffer = next(
-        (_read(state, state_name(name, kind), row.shape(name)) for kind in MOMENTUM if _has(state, name, kind)), None
-    )
-    if buffer is None and hyper.momentum:
-        return None
-    return UpdateInputs(before, row.read(name), gradient, buffer, None, hyper)
+    return UpdateInputs(before, rows.tensor(row, name), hyper, held, rules)
 
 
 def moment_inputs(rows: Rows, row: Row, name: str) -> MomentInputs | None:
@@ -46,66 +98,92 @@ def moment_inputs(rows: Rows, row: Row, name: str) -> MomentInputs | None:
     step = row.view.step
     parameter, kind = split_state_name(name)
     hyper = hyper_of(rows, step, parameter)
-    gradient = _read(_gradients(rows, step), parameter, row.shape(name))
-    if kind not in (FIRST_MOMENT, SECOND_MOMENT, *MOMENTUM) or hyper is None or gradient is None:
+    if hyper is None:
         return None
-    before = _state_before(rows, step, name, row)
-    if before is None:
+    held = Held(rows, step, parameter, hyper, kinds_of(rows, step, parameter))
+    rules = rows.remember(("rules", id(hyper), held.kinds, kind), lambda: moment_rules(held.kinds, hyper, kind))
+    if not rules or held.gradient is None:
         return None
-    weights = _read(parameters_before(rows, step), parameter, row.shape(name))
-    return MomentInputs(kind, before, row.read(name), gradient, weights, hyper)
+    before = _state_before(rows, step, name, row, kind, hyper)
+    return None if before is None else MomentInputs(before, rows.tensor(row, name), hyper, held, rules, kind)
 
 
-def _state_before(rows: Rows, step: int, name: str, row: Row) -> Tensor | None:
+def kinds_of(rows: Rows, step: int, parameter: str) -> frozenset[str]:
+    """Kinds of float state that a trace holds of a parameter after a step."""
+    row = rows.get(Phase.OPT_STATE, step)
+    if row is None:
+        return frozenset()
+    by_parameter: dict[str, frozenset[str]] = rows.remember(("kinds", step), lambda: _all_kinds(row))
+    return by_parameter.get(parameter, frozenset())
+
+
+def _all_kinds(row: Row) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for name in row.positions:
+        parameter, kind = split_state_name(name)
+        if parameter and is_float(row.entry(name).dtype) and row.stored(name):
+            found.setdefault(parameter, set()).add(kind)
+    return {parameter: frozenset(kinds - {"step"}) for parameter, kinds in found.items()}
+
+
+def _state_before(rows: Rows, step: int, name: str, row: Row, kind: str, hyper: Hyper) -> Tensor | None:
     earlier = rows.get(Phase.OPT_STATE, step - 1)
     if earlier is None and step == 1:
-        return Tensor.zeros(row.shape(name))
-    return _read(earlier, name, row.shape(name))
+        return start_of(row, name, kind, hyper)
+    before = _read(rows, earlier, name)
+    return None if before is None or before.shape != row.shape(name) else before
 
 
-def _gradients(rows: Rows, step: int) -> Row | None:
-    return rows.get(Phase.CLIPPED_GRAD, step) or rows.get(Phase.GRAD, step)
+def start_of(row: Row, name: str, kind: str, hyper: Hyper) -> Tensor:
+    """State of a record before the first update: zeros, or the number that its kind starts from."""
+    value = initial(kind, hyper)
+    shape = row.shape(name)
+    return Tensor.zeros(shape) if value == 0.0 else Tensor(np.full(shape, value, DTYPES["float64"]), "float64")
 
 
-def _has(row: Row | None, name: str, kind: str) -> bool:
-    return row is not None and state_name(name, kind) in row.positions
-
-
-def _read(row: Row | None, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    if row is None or name not in row.positions or not row.stored(name) or row.shape(name) != shape:
-        return None
-    return row.read(name)
+def _read(rows: Rows, row: Row | None, name: str) -> Tensor | None:
+    return None if row is None or name not in row.positions or not row.stored(name) else rows.tensor(row, name)
 
 
 def hyper_of(rows: Rows, step: int, parameter: str) -> Hyper | None:
-    """Settings of a parameter's group at a step; None if there are none, or no lr among them."""
+    """Settings of a parameter's group at a step; None if none were recorded."""
     row = rows.get(Phase.HPARAMS, step)
     if row is None:
         return None
     group = _group_of(rows, row, parameter)
-    settings = rows.remember(("settings", step, group), lambda: _settings(row, group))
-    if "lr" not in settings:
+    settings: dict[str, float] = rows.remember(("settings", step, group), lambda: _settings(row, group))
+    if not settings:
         return None
-    return Hyper(step=_updates(rows, step, parameter), **settings)
+    updates = _updates(rows, step, parameter)
+    hyper: Hyper = rows.remember(("hyper", step, group, updates), lambda: _hyper(settings, updates))
+    return hyper
 
 
-_SETTINGS: Final = ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum", "dampening")
+def _hyper(settings: dict[str, float], updates: int) -> Hyper:
+    named = {"lr": float("nan")} | {key: value for key, value in settings.items() if key in _SETTINGS}
+    return Hyper(step=updates, more={k: v for k, v in settings.items() if k not in _SETTINGS}, **named)
 
 
 def _settings(row: Row, group: str) -> dict[str, float]:
-    """The numbers of one group that a replay uses, those that are recorded."""
-    found = {key: row.scalar(f"{group}.{key}") for key in _SETTINGS}
+    """The numbers of one group that are recorded."""
+    names = {name.removeprefix(f"{group}."): name for name in row.positions if name.startswith(f"{group}.")}
+    found = {key: row.scalar(name) for key, name in names.items()}
     return {key: float(f"{value:.{SIGNIFICANT_DIGITS}g}") for key, value in found.items() if value is not None}
 
 
 def _group_of(rows: Rows, row: Row, parameter: str) -> str:
     """Name of the group that holds a parameter; with one group there is no list of members."""
+    members: dict[str, str] = rows.remember(("members",), lambda: _members(rows))
+    if parameter in members:
+        return members[parameter]
+    return next((name for name in row.positions if name.startswith("group")), "group0").partition(".")[0]
+
+
+def _members(rows: Rows) -> dict[str, str]:
     groups = rows.trace.observed.get("optimizer.groups")
-    if isinstance(groups, dict):
-        for group, members in groups.items():
-            if isinstance(members, list) and parameter in members:
-                return str(group)
-    return "group0" if "group0.lr" in row.positions else next(iter(row.positions), "group0").partition(".")[0]
+    if not isinstance(groups, dict):
+        return {}
+    return {str(name): str(group) for group, names in groups.items() if isinstance(names, list) for name in names}
 
 
 def _updates(rows: Rows, step: int, parameter: str) -> int:

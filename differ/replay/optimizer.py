@@ -1,227 +1,108 @@
-"""Replay an optimizer's step from its recorded inputs, and list the rules that give the recorded outputs.
+"""Replay an optimizer's step from its recorded inputs: which rules may give the outputs, and how well one of them does.
 
-Adam family (g clipped gradient, w parameter before, m = exp_avg and v = exp_avg_sq after this update, t its number):
+    update   after = w (1 - decay) - update(state after, gradient, settings)
+    moment   after = kept(state before) + taken(gradient)
 
-    moments      m = b1 m' + (1 - b1) g          v = b2 v' + (1 - b2) g^2       coupled decay: g + wd w instead of g
-    correction   yes: m / (1 - b1^t), v / (1 - b2^t)        no: m, v as they are
-    update       lr m^ / (sqrt(v^) + eps)                    eps outside (torch, MLX)
-                 lr m^ / sqrt(v^ + eps)                      inside
-                 lr m^ sqrt(c2) / (sqrt(v) + eps)            before the correction of v, c2 = 1 - b2^t
-    decay        decoupled: w (1 - lr wd) - update           none: w - update
-
-SGD (mu momentum, d dampening): buffer = mu buffer' + (1 - d) g, torch's first buffer is g itself; step lr * buffer, or
-lr (g + mu buffer) with Nesterov.  Sources: torch.optim.Adam/AdamW/SGD, mlx.optimizers.Adam/AdamW/SGD.
+in float64, each within what rounding may cost in the dtype of the run.  The rules themselves are in `differ.replay.rules`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
-from differ.align import BLOCK, Tensor
+from differ.align import BLOCK
 from differ.compare import Float64
 from differ.policy import ReplayTolerance
 from differ.replay.fit import SMALLEST_NORMAL, Fit
+from differ.replay.rules import family_of
+from differ.replay.rules.base import Lacking, Replayed, Rule
 
-FIRST_MOMENT: Final = "exp_avg"
-SECOND_MOMENT: Final = "exp_avg_sq"
-# torch's name and MLX's.
-MOMENTUM: Final = ("momentum_buffer", "v")
-
-
-@dataclass(frozen=True, slots=True)
-class Hyper:
-    """Settings of one parameter's group at one step; `step` counts the optimizer's updates, this one included."""
-
-    lr: float
-    step: int
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-
-
-# A rule is a set of choices by aspect, as sorted pairs: (("correction", "yes"), ("decay", "none"), ("eps", "outside")).
-Rule = tuple[tuple[str, str], ...]
-
-
-def rule(**choices: str) -> Rule:
-    """A rule from its choices."""
-    return tuple(sorted(choices.items()))
-
-
-def differing_aspects(a: Rule, b: Rule) -> frozenset[str]:
-    """Aspects in which two rules of one family differ."""
-    return frozenset(key for key, value in a if dict(b).get(key) != value)
-
-
-ADAM_RULES: Final[tuple[Rule, ...]] = tuple(
-    rule(correction=correction, decay=decay, eps=eps)
-    for eps, correction, decay in itertools.product(
-        ("outside", "inside", "before"), ("yes", "no"), ("decoupled", "none")
-    )
-)
-SGD_RULES: Final[tuple[Rule, ...]] = tuple(
-    rule(nesterov=nesterov, decay=decay)
-    for nesterov, decay in itertools.product(("no", "yes"), ("coupled", "decoupled", "none"))
-)
-MOMENT_RULES: Final[tuple[Rule, ...]] = (rule(decay="none"), rule(decay="coupled"))
-MOMENTUM_RULES: Final[tuple[Rule, ...]] = tuple(
-    rule(decay=decay, first=first) for decay, first in itertools.product(("none", "coupled"), ("whole", "dampened"))
-)
-
-# Where several rules fit, the report names the first of these.
-ORDER: Final = {how: i for i, how in enumerate((*ADAM_RULES, *SGD_RULES, *MOMENT_RULES, *MOMENTUM_RULES))}
-
-# Words for a report.
-SENTENCES: Final = {
-    ("correction", "yes"): "bias correction",
-    ("correction", "no"): "no bias correction",
-    ("decay", "decoupled"): "decoupled weight decay",
-    ("decay", "coupled"): "weight decay added to the gradient",
-    ("decay", "none"): "no weight decay",
-    ("eps", "outside"): "eps added to the corrected root",
-    ("eps", "inside"): "eps inside the root",
-    ("eps", "before"): "eps added before the correction",
-    ("nesterov", "yes"): "Nesterov momentum",
-    ("nesterov", "no"): "plain momentum",
-    ("first", "whole"): "first buffer undampened",
-    ("first", "dampened"): "first buffer dampened",
-}
+# Start, recorded, replayed, what each element may be off by.
+Block = tuple[int, Float64, Float64, Float64]
 
 
 @dataclass(frozen=True)
-class UpdateInputs:
-    """One parameter's update: before, after, moments after the update.
-
-    For SGD `first` is the momentum buffer (None without momentum), `second` is None and the clipped `gradient` is given;
-    Adam's update does not read it.
-    """
-
-    before: Tensor
-    after: Tensor
-    gradient: Tensor | None
-    first: Tensor | None
-    second: Tensor | None
-    hyper: Hyper
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """Rules of the family that the state belongs to."""
-        return ADAM_RULES if self.second is not None else SGD_RULES
+class _Inputs(Replayed):
+    """What updates and moments have in common."""
 
     def fit(self, how: Rule, tolerance: ReplayTolerance) -> Fit:
-        """How well a rule gives the recorded parameter."""
-        return fit_update(self, how, tolerance)
+        """How well a rule gives the recorded output; not at all where it needs what was not recorded."""
+        shared: Callable[[Rule, ReplayTolerance], Fit | None] | None = self.__dict__.get("_shared")
+        found = None if shared is None else shared(how, tolerance)
+        return self._fit(how, tolerance) if found is None else found
+
+    def share(self, fit: Callable[[Rule, ReplayTolerance], Fit | None]) -> None:
+        """Let a fit come from elsewhere, if it does.  A changed copy of these inputs knows nothing of it."""
+        self.__dict__["_shared"] = fit
+
+    def blocks(self, how: Rule, tolerance: ReplayTolerance) -> Iterator[Block]:
+        """The replay, block by block."""
+        raise NotImplementedError
+
+    def _fit(self, how: Rule, tolerance: ReplayTolerance) -> Fit:
+        fit = Fit(tolerance.spike)
+        try:
+            for block in self.blocks(how, tolerance):
+                fit.add(*block)
+        except Lacking:
+            return Fit.none(tolerance.spike)
+        return fit
 
 
 @dataclass(frozen=True)
-class MomentInputs:
-    """One moment: before, after, the clipped gradient that it takes in, the parameter before the update."""
+class UpdateInputs(_Inputs):
+    """One parameter's update: the parameter before and after."""
 
-    kind: str
-    before: Tensor
-    after: Tensor
-    gradient: Tensor
-    parameter: Tensor | None
-    hyper: Hyper
+    def blocks(self, how: Rule, tolerance: ReplayTolerance) -> Iterator[Block]:
+        """The parameter under a rule."""
+        family, choices = family_of(how), dict(how)
+        floor = SMALLEST_NORMAL.get(self.after.dtype, 0.0)
+        decay = family.decay(self, choices)
+        for start in self.after.blocks():
+            w = self.before.block(start, start + BLOCK)
+            after = self.after.block(start, start + BLOCK)
+            update = family.update(self, choices, start, w)
+            rounding = tolerance.ulp * tolerance.eps * np.maximum(np.abs(w), np.abs(after))
+            allowed = rounding + tolerance.relative * np.abs(update) + floor
+            yield start, after, w * (1.0 - decay) - update, allowed + family.slack(self, choices, start, update)
 
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """Rules of that kind of moment."""
-        return MOMENTUM_RULES if self.kind in MOMENTUM else MOMENT_RULES
+    def _fit(self, how: Rule, tolerance: ReplayTolerance) -> Fit:
+        family, choices = family_of(how), dict(how)
+        length = family.length(choices)
+        if length is None:
+            return super()._fit(how, tolerance)
+        fit = Fit(math.inf, length=length)
+        try:
+            for start, after, expected, allowed in self.blocks(how, tolerance):
+                fit.add(start, after, expected, allowed)
+                w = self.before.block(start, start + BLOCK)
+                fit.add_along(expected - after, family.update(self, choices, start, w))
+        except Lacking:
+            return Fit.none(tolerance.spike)
+        return fit
 
-    def fit(self, how: Rule, tolerance: ReplayTolerance) -> Fit:
-        """How well a rule gives the recorded moment."""
-        return fit_moment(self, how, tolerance)
 
+@dataclass(frozen=True)
+class MomentInputs(_Inputs):
+    """One moment, before and after."""
 
-def fit_update(inputs: UpdateInputs, how: Rule, tolerance: ReplayTolerance) -> Fit:
-    """How well a rule gives the recorded parameter."""
-    choices = dict(how)
-    fit = Fit(tolerance.spike)
-    floor = SMALLEST_NORMAL.get(inputs.after.dtype, 0.0)
-    for start in inputs.after.blocks():
-        w = inputs.before.block(start, start + BLOCK)
-        after = inputs.after.block(start, start + BLOCK)
-        update = update_block(inputs, how, start, w)
-        decay = inputs.hyper.lr * inputs.hyper.weight_decay if choices["decay"] == "decoupled" else 0.0
-        expected = w * (1.0 - decay) - update
-        rounding = tolerance.ulp * tolerance.eps * np.maximum(np.abs(w), np.abs(after))
-        fit.add(start, after, expected, rounding + tolerance.relative * np.abs(update) + floor)
-    return fit
+    def blocks(self, how: Rule, tolerance: ReplayTolerance) -> Iterator[Block]:
+        """The moment under a rule."""
+        family, choices = family_of(how), dict(how)
+        floor = SMALLEST_NORMAL.get(self.after.dtype, 0.0)
+        for start in self.after.blocks():
+            kept, taken = family.moment(self, choices, start)
+            size = np.abs(taken)
+            # 1 - b2 loses digits where b2 is held in float32: 1.3e-5 of what is taken in.
+            rounding = 2 * tolerance.ulp * tolerance.eps * (np.abs(kept) + size)
+            allowed = rounding + tolerance.relative * size + floor
+            yield start, self.after.block(start, start + BLOCK), kept + taken, allowed
 
 
 def update_block(inputs: UpdateInputs, how: Rule, start: int, before: Float64) -> Float64:
     """What a rule subtracts from one block of the parameter `before` the update, decoupled decay aside."""
-    step = _adam_step if inputs.second is not None else _sgd_step
-    return step(inputs, dict(how), start, before)
-
-
-def _adam_step(inputs: UpdateInputs, choices: dict[str, str], start: int, _w: Float64) -> Float64:
-    hyper = inputs.hyper
-    assert inputs.first is not None
-    assert inputs.second is not None
-    m, v = inputs.first.block(start, start + BLOCK), inputs.second.block(start, start + BLOCK)
-    corrected = choices["correction"] == "yes"
-    c1 = 1.0 - hyper.beta1**hyper.step if corrected else 1.0
-    c2 = 1.0 - hyper.beta2**hyper.step if corrected else 1.0
-    if choices["eps"] == "inside":
-        denominator = np.sqrt(v / c2 + hyper.eps)
-    elif choices["eps"] == "before":
-        denominator = (np.sqrt(v) + hyper.eps) / math.sqrt(c2)
-    else:
-        denominator = np.sqrt(v) / math.sqrt(c2) + hyper.eps
-    update: Float64 = hyper.lr * (m / c1) / denominator
-    # 0 / 0 is what an optimizer without eps leaves behind as nan, and the recorded parameter then says so.
-    return update
-
-
-def _sgd_step(inputs: UpdateInputs, choices: dict[str, str], start: int, w: Float64) -> Float64:
-    hyper = inputs.hyper
-    coupled = hyper.weight_decay * w if choices["decay"] == "coupled" else np.zeros(1)
-    if inputs.first is None:
-        assert inputs.gradient is not None
-        return hyper.lr * (inputs.gradient.block(start, start + BLOCK) + coupled)
-    buffer = inputs.first.block(start, start + BLOCK)
-    if choices["nesterov"] == "no":
-        return hyper.lr * buffer
-    assert inputs.gradient is not None
-    return hyper.lr * (inputs.gradient.block(start, start + BLOCK) + coupled + hyper.momentum * buffer)
-
-
-def fit_moment(inputs: MomentInputs, how: Rule, tolerance: ReplayTolerance) -> Fit:
-    """How well a rule gives the recorded moment."""
-    keep, take, square = _recurrence(inputs, dict(how))
-    coupled = inputs.hyper.weight_decay if dict(how)["decay"] == "coupled" else 0.0
-    fit = Fit(tolerance.spike)
-    floor = SMALLEST_NORMAL.get(inputs.after.dtype, 0.0)
-    for start in inputs.after.blocks():
-        g = inputs.gradient.block(start, start + BLOCK)
-        if coupled and inputs.parameter is not None:
-            g = g + coupled * inputs.parameter.block(start, start + BLOCK)
-        kept, taken = keep * inputs.before.block(start, start + BLOCK), take * square(g)
-        # 1 - b2 loses digits where b2 is held in float32: 1.3e-5 of what is taken in.
-        rounding = 2 * tolerance.ulp * tolerance.eps * (np.abs(kept) + np.abs(taken))
-        allowed = rounding + tolerance.relative * np.abs(taken) + floor
-        fit.add(start, inputs.after.block(start, start + BLOCK), kept + taken, allowed)
-    return fit
-
-
-def _recurrence(inputs: MomentInputs, choices: dict[str, str]) -> tuple[float, float, Callable[[Float64], Float64]]:
-    """Factor of the state before, factor of what is taken in, and what is done to the gradient."""
-    hyper = inputs.hyper
-    if inputs.kind == FIRST_MOMENT:
-        return hyper.beta1, 1.0 - hyper.beta1, np.positive
-    if inputs.kind == SECOND_MOMENT:
-        return hyper.beta2, 1.0 - hyper.beta2, np.square
-    if choices["first"] == "whole" and hyper.step <= 1:
-        return 0.0, 1.0, np.positive
-    return hyper.momentum, 1.0 - hyper.dampening, np.positive
+    return family_of(how).update(inputs, dict(how), start, before)

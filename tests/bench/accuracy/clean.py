@@ -1,7 +1,8 @@
 """Clean pairs: runs of the same training that differ in how it is computed only, and must not be called different.
 
-Every group has one set of settings and the same runs of it: PyTorch, again with two threads, HF Trainer, MLX eager, MLX
-compiled, mlx-lm's trainer, all from the adapters and batches of the first.
+Every group has one set of settings and the same runs of it: PyTorch, again with two threads, again with another implementation
+of attention, HF Trainer, MLX eager, MLX compiled, mlx-lm's trainer, all from the adapters and batches of the first.  The other
+optimizers of the libraries have a group each, of the runs in which they follow one rule.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Clean:
 _SHORT: Final[Mapping[str, Any]] = {"train.steps": 4}
 _SMALL: Final[Mapping[str, Any]] = {"lora.rank": 4, "lora.targets": ["q_proj", "v_proj"]}
 
+# transformers' own choice is sdpa.
+ATTENTION: Final = "torch, sdpa / eager attention"
+
 GROUPS: Final[dict[str, Mapping[str, Any]]] = {
     "defaults": {},
     **{f"seed {seed}": {"train.seed": seed, "data.seed": seed} for seed in (1, 2, 3)},
@@ -56,9 +60,36 @@ GROUPS: Final[dict[str, Mapping[str, Any]]] = {
 }
 
 
+# Optimizer -> class and settings on either side, and whether both follow one rule: MLX's Adamax corrects no bias, its Muon
+# iterates in float32.
+OPTIMIZERS: Final[dict[str, tuple[Mapping[str, Any], bool]]] = {
+    "rmsprop": ({"torch": ["RMSprop", {"lr": 1e-3}], "mlx": ["RMSprop", {"learning_rate": 1e-3}]}, True),
+    "adagrad": (
+        {"torch": ["Adagrad", {"lr": 1e-2, "eps": 1e-8}], "mlx": ["Adagrad", {"learning_rate": 1e-2, "eps": 1e-8}]},
+        True,
+    ),
+    "adadelta": ({"torch": ["Adadelta", {"lr": 0.5}], "mlx": ["AdaDelta", {"learning_rate": 0.5}]}, True),
+    "adafactor": (
+        {
+            "torch": ["transformers.Adafactor", {"lr": 1e-2, "relative_step": False}],
+            "mlx": ["Adafactor", {"learning_rate": 1e-2, "relative_step": False}],
+        },
+        True,
+    ),
+    "adafactor, torch": ({"torch": ["Adafactor", {"lr": 1e-2}]}, False),
+    "adamax": ({"torch": ["Adamax", {"lr": 1e-3}], "mlx": ["Adamax", {"learning_rate": 1e-3}]}, False),
+    "nadam": ({"torch": ["NAdam", {"lr": 1e-3}]}, False),
+    "radam": ({"torch": ["RAdam", {"lr": 1e-3}]}, False),
+    "lion": ({"mlx": ["Lion", {"learning_rate": 1e-4}]}, False),
+    "muon": ({"torch": ["Muon", {"lr": 1e-3}], "mlx": ["Muon", {"learning_rate": 1e-3}]}, False),
+}
+
+
 def all_clean() -> list[Clean]:
     """Every clean pair."""
-    return [pair for name in GROUPS for pair in _group(name)]
+    return [pair for name in GROUPS for pair in _group(name)] + [
+        pair for name in OPTIMIZERS for pair in _optimizer(name)
+    ]
 
 
 def _group(name: str) -> Iterator[Clean]:
@@ -76,10 +107,32 @@ def _group(name: str) -> Iterator[Clean]:
         "torch / hf-trainer": (torch, fed("hf-trainer")),
         "mlx / mlx-lm": (compiled, fed("mlx-lm")),
         "torch, 1 / 2 threads": (torch, replace(torch, threads=2)),
+        ATTENTION: (torch, fed("torch", **{"model.attention": "eager"})),
     }
     for kind, (a, b) in other.items():
         if kind == "torch / hf-trainer" and not settings.get("optimizer.bias_correction", True):
             continue  # its own optimizer, which is the path's, not the library's
+        yield Clean(f"{name}: {kind}", kind, name, a, b, _twins(a, b))
+
+
+def _optimizer(name: str) -> Iterator[Clean]:
+    """The runs of one of the libraries' other optimizers; adapters and batches are those of the first run."""
+    library, alike = OPTIMIZERS[name]
+    settings = {**_SHORT, **_SMALL}
+    source = Arm("torch", settings)
+
+    def run(path: str, **more: Any) -> Arm:
+        return Arm(path, {**settings, **more}, {"library": library}, source)
+
+    pairs: dict[str, tuple[Arm, Arm]] = {}
+    if "torch" in library:
+        pairs["torch, 1 / 2 threads"] = run("torch"), replace(run("torch"), threads=2)
+        pairs[ATTENTION] = run("torch"), run("torch", **{"model.attention": "eager"})
+    if "mlx" in library:
+        pairs["mlx eager / compiled"] = run("mlx", **{"train.compile": False}), run("mlx")
+    if alike:
+        pairs["torch / mlx eager"] = run("torch"), run("mlx", **{"train.compile": False})
+    for kind, (a, b) in pairs.items():
         yield Clean(f"{name}: {kind}", kind, name, a, b, _twins(a, b))
 
 

@@ -11,6 +11,8 @@
     clip       {"mode": "tensor" | "none", "value"}                                    how gradients are clipped
     optimizer  {"eps", "eps_place", "beta1", "beta2", "decay", "reset_at", "element"}  AdamW that is not what it records
 
+    library    {"torch": [class, options], "mlx": [class, options]}                    another optimizer of the library: no fault
+
 Invariant: a plan's step numbers are 1-based optimizer steps, and an empty plan changes nothing.
 """
 
@@ -54,7 +56,7 @@ def planted(path: str, plan: Plan) -> Iterator[None]:
             where = "torch_loop" if path == "torch" else "_mlx"
             warp = plan["schedule"]
             patch(f"scenarios.paths.{where}.schedule_of", lambda of: lambda config: Warped(of(config), **warp))
-        if {"grad", "loss", "base", "clip", "optimizer"} & set(plan):
+        if {"grad", "loss", "base", "clip", "optimizer", "library"} & set(plan):
             framework = plants_torch if path == "torch" else plants_mlx
             framework.plant(plan, patch, tampering(plan.get("grad", ())))
         yield

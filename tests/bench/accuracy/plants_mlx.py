@@ -14,31 +14,43 @@ import numpy as np
 from tracer.names import NameMap
 
 LOOP = "scenarios.paths.mlx_loop"
+LOSS = "scenarios.paths._mlx_loss.masked_loss"
 _names = NameMap()
 
 
 def plant(plan: Mapping[str, Any], patch: Callable[..., None], tamper: Callable[..., Any]) -> None:
     """Patch the loop's namespace."""
     if "base" in plan:
-        patch(f"{LOOP}.build_model", lambda build: lambda *given: _scale_base(build(*given), plan["base"]))
+        patch("scenarios.paths._mlx_parts._load", lambda load: lambda *given: _scaled_base(load(*given), plan["base"]))
     if "loss" in plan:
-        patch(f"{LOOP}.masked_loss", lambda loss: _loss(loss, plan["loss"]))
+        patch(LOSS, lambda loss: _loss(loss, plan["loss"]))
     if "grad" in plan:
-        patch(f"{LOOP}.masked_loss", lambda loss: _tampered(loss, tamper))
+        patch(LOSS, lambda loss: _tampered(loss, tamper))
     if "clip" in plan:
         patch("scenarios.paths._mlx._clipping", lambda _: lambda kind, _clip: _clipping(kind, plan["clip"]))
+    if "library" in plan:
+        name, options = plan["library"]["mlx"]
+        patch(f"{LOOP}.build_optimizer", lambda _: lambda _config: _optimizer(name, options))
     if "optimizer" in plan:
         patch("scenarios.paths._mlx._clipping", lambda _: lambda kind, _clip: adamw(kind, plan["optimizer"]))
 
 
-def _scale_base(model: Any, base: Mapping[str, Any]) -> Any:
+def _optimizer(name: str, options: Mapping[str, Any]) -> Any:
+    import mlx.optimizers as optim
+
+    return getattr(optim, name)(**options)
+
+
+def _scaled_base(loaded: tuple[Any, Any], base: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A model and its tokenizer, one weight of the model multiplied."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
+    model, tokenizer = loaded
     found = [(n, w) for n, w in tree_flatten(model.parameters()) if _names(n).name == base["name"]]
     model.load_weights([(name, weight * base["factor"]) for name, weight in found], strict=False)
     mx.eval(model.parameters())
-    return model
+    return model, tokenizer
 
 
 def _loss(original: Callable[..., Any], fault: Mapping[str, Any]) -> Callable[..., Any]:

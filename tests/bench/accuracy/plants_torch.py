@@ -16,12 +16,25 @@ def plant(plan: Mapping[str, Any], patch: Callable[..., None], tamper: Callable[
     if {"grad", "loss", "base"} & set(plan):
         patch(f"{LOOP}.build_model", lambda build: lambda *given: _model(build(*given), plan, tamper))
     if "clip" in plan:
-        patch(f"{LOOP}._clip", lambda _: lambda parameters, _clip: _clip_each(parameters, plan["clip"]))
+        patch(f"{LOOP}.clip_gradients", lambda _: lambda parameters, _clip: _clip_each(parameters, plan["clip"]))
+    if "library" in plan:
+        name, options = plan["library"]["torch"]
+        patch(f"{LOOP}.optimizer_of", lambda _: lambda _settings: (_optimizer(name), options))
     if "optimizer" in plan:
         patch(
             f"{LOOP}.optimizer_of",
             lambda of: lambda settings: (adamw(), {**of(settings)[1], "plan": plan["optimizer"]}),
         )
+
+
+def _optimizer(name: str) -> type[Any]:
+    """A class of torch.optim, or `transformers.Adafactor`."""
+    import torch
+    import transformers
+
+    library, _, kind = name.rpartition(".")
+    found: type[Any] = getattr(transformers if library else torch.optim, kind)
+    return found
 
 
 def _model(model: Any, plan: Mapping[str, Any], tamper: Callable[..., Any]) -> Any:

@@ -163,6 +163,15 @@ def test_rounded_gradients_are_named_with_the_dtype(
     assert cause.parameters == {"dtype": dtype, "mode": mode}
 
 
+@pytest.mark.parametrize(("change", "mode"), [(to_bf16, "nearest"), (cut_to_bf16, "toward_zero")])
+def test_gradients_of_another_framework_are_rounded_too(change: Change, mode: str, tmp_path: Path) -> None:
+    cause, _ = only_cause(tmp_path, run(), run(lambda v: change(noisy(v, 2e-5))), "precision.rounding")
+
+    # Next to the edges of their cells the noise decides.
+    assert cause.names == tuple(sorted(B))
+    assert cause.parameters == {"dtype": "bfloat16", "mode": mode}
+
+
 def test_noise_of_the_size_of_bf16_is_no_rounding(tmp_path: Path) -> None:
     assert "precision.rounding" not in shown(compare(tmp_path, run(), run(lambda v: noisy(v, 2**-9))))
 

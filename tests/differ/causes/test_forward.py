@@ -98,11 +98,17 @@ def _write(path: Path, change: Change) -> None:
     draw = np.random.default_rng(5)
     ids = draw.integers(0, 9, size=(ROWS, LENGTH))
     output = change(draw.normal(size=(ROWS, LENGTH, WIDTH)).astype(F32))
-    outputs = [record(name, (output + F32(i)).astype(F32) if i else output) for i, name in enumerate(MODULES)]
+    rows = output.reshape(-1, WIDTH)
+    where = np.argwhere(np.ones((ROWS, LENGTH)))
+    outputs = [record(name, (rows + F32(i)).astype(F32) if i else rows) for i, name in enumerate(MODULES)]
     writer = TraceWriter(path, env={}, declared={}, overwrite=True)
     weight = record("model.embed_tokens.weight", np.ones((4, 4), F32))
     writer.write_step(0, [Row(Phase.INIT, 0, WHOLE_STEP, (weight,))], {"model.dtype": "float32"})
     writer.write_step(
-        1, [Row(Phase.BATCH, 1, 0, (record("input_ids", ids),)), Row(Phase.FORWARD, 1, 0, tuple(outputs))]
+        1,
+        [
+            Row(Phase.BATCH, 1, 0, (record("input_ids", ids),)),
+            Row(Phase.FORWARD, 1, 0, (record("positions", where), *outputs)),
+        ],
     )
     writer.finish()

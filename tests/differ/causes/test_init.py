@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.builders import F32
+from differ.result import Kind
+from tests.builders import F32, record
 from tests.differ.causes.rows import MODULES, A, B, W, compare, frozen, init, lora, only_cause, shown
 from tracer.dtypes import bf16_to_float32, float32_to_bf16
 
@@ -257,3 +259,36 @@ def test_equal_starts_have_no_cause(tmp_path: Path) -> None:
     result = compare(tmp_path, init(values), init(values))
 
     assert (result.verdict.value, result.causes) == ("same", ())
+
+
+def test_float16_weights_that_bfloat16_can_hold_were_cast_from_it(tmp_path: Path) -> None:
+    values = {name: bf16_to_float32(float32_to_bf16(w)) for name, w in zip(W, _weights(), strict=True)}
+    stored = init({name: frozen(w, "bfloat16") for name, w in values.items()})
+    forced = init({name: frozen(w, "float16") for name, w in values.items()})
+
+    cause, mirrored = only_cause(tmp_path, stored, forced, "init.frozen")
+
+    assert (cause.side, cause.parameters) == ("b", {"cast": "float16"})
+    assert mirrored.side == "a"
+
+
+def _weights() -> list[np.ndarray]:
+    rng = np.random.default_rng(11)
+    return [rng.uniform(0.1, 1.0, (8, 8)).astype(F32) for _ in W]
+
+
+# Tied parameters.
+
+
+def test_a_parameter_that_is_tied_on_one_side_and_trained_by_itself_on_the_other_is_found(tmp_path: Path) -> None:
+    embedding = np.random.default_rng(2).normal(size=(8, 4)).astype(F32)
+    tie = replace(record("", embedding), stored=False, alias_of="init/embed.weight")
+    tied = init({"embed.weight": embedding, "head.weight": tie})
+    copied = init({"embed.weight": embedding, "head.weight": embedding})
+
+    for a, b in ((tied, copied), (copied, tied)):
+        first = compare(tmp_path, a, b).first
+        assert first is not None
+        assert (first.step, first.phase, first.name, first.kind) == (0, "init", "head.weight", Kind.STATE)
+        assert {first.a, first.b} == {"tied to embed.weight", "a parameter of its own"}
+    assert compare(tmp_path, tied, tied).first is None

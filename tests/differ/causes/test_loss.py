@@ -130,3 +130,23 @@ def _unequal(factor) -> Edit:
         return Row(row.phase, row.step, row.micro_batch, tuple(change(row, one) for one in row.records))
 
     return edit
+
+
+def test_losses_in_a_short_dtype_that_are_within_tolerance_are_a_note(compare: Compare, tmp_path: Path) -> None:
+    from differ import DiffOptions
+    from differ.policy import load_policy
+
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[rule]]\nphase = "loss"\nbase = 0.1\n')
+
+    def rounded(one: Record) -> Record:
+        return with_data(one, np.reshape(_rounded(one, "bfloat16").data, np.shape(one.data)))
+
+    result = compare(
+        b={"edit": edited(Phase.LOSS, rounded)},
+        options=DiffOptions(policy=load_policy(policy)),
+    )
+
+    assert result.verdict is Verdict.SAME
+    (note,) = [note for note in result.notes if note.id == "loss.precision"]
+    assert (note.side, note.parameters) == ("b", {"dtype": "bfloat16"})

@@ -134,3 +134,88 @@ def _exit(arguments: list[str]) -> int:
     result = CliRunner().invoke(command, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1.0003, 0.99976])
+def test_a_small_ratio_in_all_gradients_is_a_note_whatever_rounding_allows(
+    factor: float, base_dtype: str, compare: Compare, tmp_path: Path
+) -> None:
+    result = compare(b={"tamper": scaled(factor)}, base_dtype=base_dtype)
+
+    assert result.verdict is Verdict.SAME
+    (note,) = systematic(result)
+    assert (note.id, note.step, note.phase) == ("grad.scale", 1, "grad")
+    assert note.parameters is not None
+    assert note.parameters["factor"] == pytest.approx(factor, abs=2e-6)
+    assert note.explains is not None
+    assert note.explains > 0.99
+    pair = [str(tmp_path / "a.h5"), str(tmp_path / "b.h5"), "-q"]
+    assert (_exit(pair), _exit([*pair, "--fail-on", "note"])) == (0, 1)
+
+    (back,) = systematic(mirrored(tmp_path))
+    assert back.parameters is not None
+    assert back.parameters["factor"] == pytest.approx(1 / factor, abs=2e-6)
+
+
+def test_a_small_ratio_says_what_let_it_pass(compare: Compare) -> None:
+    (note,) = systematic(compare(b={"tamper": scaled(1.0003)}))
+
+    # lora_A has none yet.
+    assert note.summary == (
+        "systematic but small: all gradients (3) are 1.000300 times as large in b; rounding allows 4e-05, "
+        "[notes] systematic 0.0005"
+    )
+
+
+def test_a_ratio_beyond_the_policy_s_limit_diverges(compare: Compare) -> None:
+    result = compare(b={"tamper": scaled(1.0006)})
+
+    assert [cause.id for cause in result.causes] == ["grad.scale"]
+    assert systematic(result) == []
+
+
+def test_a_small_ratio_diverges_where_the_policy_has_no_room_for_it(compare: Compare, tmp_path: Path) -> None:
+    strict = tmp_path / "strict.toml"
+    strict.write_text("[notes]\nsystematic = 0\n")
+
+    result = compare(b={"tamper": scaled(1.0003)}, options=options(strict))
+
+    assert [cause.id for cause in result.causes] == ["grad.scale"]
+
+
+def test_a_small_ratio_diverges_where_a_user_s_own_rule_says_so(compare: Compare, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('[[rule]]\nphase = "grad"\nbase = 5e-5\n')
+
+    assert compare(b={"tamper": scaled(1.0003)}, options=options(own)).verdict is Verdict.DIVERGED
+
+
+def test_a_small_ratio_of_some_gradients_is_no_systematic_effect(compare: Compare) -> None:
+    assert compare(b={"tamper": scaled(1.0003, names="layers.1")}).verdict is Verdict.DIVERGED
+
+
+def test_a_ratio_that_is_another_at_every_step_is_found(compare: Compare) -> None:
+    def drifting(step: int, grads: dict[str, np.ndarray]) -> None:
+        for name in grads:
+            grads[name] = (grads[name] * F32(1 + (3e-4 if step == 1 else -3e-4))).astype(F32)
+
+    result = compare(b={"tamper": drifting})
+
+    assert result.first is not None
+    assert (result.first.step, result.first.phase) == (2, "grad")
+
+
+def test_another_fault_beside_a_small_ratio_is_found(compare: Compare) -> None:
+    def both(step: int, grads: dict[str, np.ndarray]) -> None:
+        scaled(1.0003)(step, grads)
+        for name, gradient in grads.items():
+            if step == 2 and "layers.1" in name and "lora_B" in name:
+                gradient.reshape(-1)[3] += F32(0.01)
+
+    result = compare(b={"tamper": both})
+
+    assert result.first is not None
+    assert (result.first.step, result.first.phase) == (2, "grad")
+    assert result.first.name is not None
+    assert "layers.1" in result.first.name

@@ -1,0 +1,133 @@
+"""Gradients that one constant ratio near 1 relates, beyond what rounding may do: systematic but small, a note and no divergence.
+
+    c            sqrt(sum bb / sum aa) over all records of the step
+    excused      |log c| <= systematic (the policy's, [notes]), the same c at every step that shows one, and every record
+                 within its own tolerance once c is undone: |b / sqrt(c) - a sqrt(c)| / max(|a|, |b|) <= allowed
+
+A learning rate rounded to bfloat16 or an auxiliary head counted with another length (Megatron-LM #3159) does this.  What
+c does not undo everywhere, and what a user's own rule judges, stays a divergence.  Whatever is excused is noted, with c, so
+that `--fail-on note` fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from differ.align import BLOCK, Row
+from differ.result import Cause
+from differ.session import RowPair, Session
+from tracer.schema import REPORTED_PREFIX, WHOLE_STEP, Phase, State
+
+if TYPE_CHECKING:
+    from differ.judges.model import Allowance
+
+ID: Final = "grad.scale"
+# The ratio of another step is the same if its deviation from 1 agrees to this share, and within the step's noise.
+ALIKE: Final = 0.1
+# Fewer records say nothing of a whole phase.
+FEWEST: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One record: what is left of its difference once the ratio is undone, and what is allowed."""
+
+    name: str
+    left: float
+    allowed: Allowance
+    difference2: float
+    left2: float
+
+
+def excused(
+    session: Session, pair: RowPair, names: Sequence[str], granted: Callable[[str], Allowance], floor: float
+) -> bool:
+    """Whether the records of this row differ by one small ratio only; counts and notes them if so.
+
+    `names`: those whose bits differ.  `granted`: what a record may differ by.  `floor`: norm under which one is noise.
+    """
+    systematic = session.policy.systematic
+    if pair.phase is not Phase.GRAD or pair.micro_batch != WHOLE_STEP or len(names) < FEWEST:
+        return False
+    sizes = [_norm(row) for row in (pair.a, pair.b)]
+    if not (systematic > 0.0 and min(sizes) > 0.0 and all(math.isfinite(size) for size in sizes)):
+        return False
+    ratio = sizes[1] / sizes[0]
+    if not abs(math.log(ratio)) <= systematic or _unmoved(pair, names):
+        return False
+    allowed = {name: granted(name) for name in names}
+    if not all(one.judges for one in allowed.values()) or any(session.tolerance(pair, n).explicit for n in names):
+        return False
+    # Half of it: less would pass as it is, and is a note of another kind.
+    smallest = min(one.error for one in allowed.values())
+    if abs(ratio - 1.0) <= smallest / 2 or not _same_as_before(session, ratio, smallest):
+        return False
+    records = [_undo(pair, name, ratio, allowed[name], floor) for name in names]
+    if not all(one.left <= one.allowed.error for one in records):
+        return False
+    for one in records:
+        session.measured(pair, one.name, one.left, one.allowed.error, distance=one.allowed.distance)
+    _note(session, pair, ratio, smallest, records)
+    return True
+
+
+def _norm(row: Row) -> float:
+    """L2 norm of all gradients of a row, from its statistics."""
+    kept = [i for name, i in row.positions.items() if not name.startswith(REPORTED_PREFIX)]
+    return math.sqrt(float((row.view.stats[kept, 0] ** 2).sum()))
+
+
+def _unmoved(pair: RowPair, names: Sequence[str]) -> bool:
+    """Whether some gradient has the same bits on both sides: then it is not the whole phase."""
+    moved = set(names)
+    return any(
+        name in pair.b.positions and name not in moved and pair.a.state(name) is State.VALUE
+        for name in pair.a.positions
+        if not name.startswith(REPORTED_PREFIX)
+    )
+
+
+def _same_as_before(session: Session, ratio: float, noise: float) -> bool:
+    known = session.ratios.setdefault(Phase.GRAD, ratio)
+    deviation, before = math.log(ratio), math.log(known)
+    return abs(deviation - before) <= ALIKE * abs(before) + noise
+
+
+def _undo(pair: RowPair, name: str, ratio: float, allowed: Allowance, floor: float) -> _Record:
+    """Both sides moved half of the way, so that it does not matter which is a."""
+    a, b = pair.a.read(name), pair.b.read(name)
+    half = math.sqrt(ratio)
+    sums = [0.0] * 4
+    for start in a.blocks():
+        x, y = a.block(start, start + BLOCK), b.block(start, start + BLOCK)
+        left, difference = y / half - x * half, y - x
+        parts = (left, difference, x, y)
+        sums = [total + float(np.dot(part, part)) for total, part in zip(sums, parts, strict=True)]
+    scale = max(math.sqrt(max(sums[2], sums[3])), floor)
+    share = math.sqrt(sums[0]) / scale if scale > 0.0 else 0.0
+    return _Record(name, share if math.isfinite(share) else math.inf, allowed, sums[1], sums[0])
+
+
+def _note(session: Session, pair: RowPair, ratio: float, smallest: float, records: Sequence[_Record]) -> None:
+    if not session.first_time("systematic", pair.phase):
+        return
+    deviation = abs(ratio - 1.0)
+    words = f"{ratio:.{max(3, 2 - math.floor(math.log10(deviation)))}f}"
+    summary = (
+        f"systematic but small: all gradients ({len(records):,}) are {words} times as large in b; rounding allows "
+        f"{smallest:.1g}, [notes] systematic {session.policy.systematic:g}"
+    )
+    difference, left = sum(one.difference2 for one in records), sum(one.left2 for one in records)
+    parameters = {"factor": float(words), "deviation": float(f"{ratio - 1.0:.3g}")}
+    names = tuple(one.name for one in records)
+    explains = 1.0 - left / difference if difference > 0.0 else None
+    session.tally.note(
+        Cause(
+            ID, summary, step=pair.step, phase=pair.phase.label, names=names, parameters=parameters, explains=explains
+        )
+    )
