@@ -10,7 +10,6 @@ once; a user's own (`[tool.trace.names]`) come first.  Invariant: a canonical na
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,15 +41,38 @@ BUILT_IN: Final[tuple[Rule, ...]] = (
     _rule(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)\.weight$", r".\1.weight"),
     _rule(r"\.(lora_embedding_[AB])\.([^.]+)$", r".\1.weight"),
     _rule(r"\.base_layer\.(weight|bias)$", r".\1"),
+    # A whole module that PEFT trains in a copy; the frozen one is then `original_module`.
+    _rule(r"\.modules_to_save\.[^.]+\.(\w+)$", r".\1"),
     # mlx-lm keeps LoRA factors as [in, r] and [r, out].
     _rule(r"\.lora_a$", ".lora_A.weight", transpose=True),
     _rule(r"\.lora_b$", ".lora_B.weight", transpose=True),
+    # mlx-lm's name for DoRA's magnitudes.
+    _rule(r"_proj\.m$", "_proj.lora_magnitude_vector.weight"),
     # mlx-lm wraps the frozen layer as `linear` (or `embedding`).
     _rule(r"_proj\.linear\.(\w+)$", r"_proj.\1"),
     _rule(r"\.(embed_tokens|lm_head)\.(?:embedding|linear)\.(\w+)$", r".\1.\2"),
+    # The same wrappers as modules: what is inside a LoRA layer is its base layer.
+    _rule(r"(_proj|\.embed_tokens|(?:^|\.)lm_head)\.(?:linear|embedding)$", r"\1.base_layer"),
     # Multimodal Gemma-3 under mlx-lm against transformers.
     _rule(r"^language_model\.model\.", "model.language_model."),
 )
+
+
+# Last parts of the names of modules whose outputs say nothing that those around them do not: activations, dropouts, tables of
+# angles, the factors inside a LoRA layer, and wrappers around a whole model.
+_UNUSUAL: Final = re.compile(
+    r"(^|\.)(act|act_fn|activation\w*|gelu|silu|relu|softmax|\w*dropout\w*|rotary_emb\w*|rope\w*|lora_\w+|modules_to_save|original_module)(\.|$)"
+    r"|^(|model|language_model|transformer|base_model|base_model\.model|module|_orig_mod|model\.language_model)$"
+)
+# `…q_proj.lora_delta`: the output of a LoRA layer less that of its base layer.
+LORA_DELTA: Final = ".lora_delta"
+BASE_LAYER: Final = ".base_layer"
+
+
+def is_usual_module(name: str) -> bool:
+    """Whether the output of a module (canonical name) is recorded without being asked for: embeddings, norms, attention, mlp,
+    projections, layers, the head, and what LoRA adds to one of them."""
+    return _UNUSUAL.search(name.removesuffix(LORA_DELTA)) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +83,34 @@ class Canonical:
     transform: str
 
 
+# A tensor of a PEFT adapter, with the adapter's name.
+_ADAPTER: Final = re.compile(r"\.lora_\w+\.([^.]+)(?:\.weight)?$")
+
+
 class NameMap:
-    """Original name -> canonical name.  Remembers its answers: a run asks for the same names at every step."""
+    """Original name -> canonical name.  Remembers its answers: a run asks for the same names at every step.
+
+    Canonical names have no adapter's name, so of several adapters in one model the first has the canonical name, and the others
+    `<canonical>#<adapter>`.
+    """
 
     def __init__(self, extra: Iterable[Rule] = ()) -> None:
         self.rules: tuple[Rule, ...] = (*extra, *BUILT_IN)
         self._known: dict[str, Canonical] = {}
+        self._adapters: dict[str, str] = {}
 
     def __call__(self, original: str) -> Canonical:
         """Canonical name of an original one."""
         known = self._known.get(original)
         if known is None:
-            known = self._known[original] = apply_rules(original, self.rules)
+            known = self._known[original] = self._of_one_adapter(original, apply_rules(original, self.rules))
         return known
+
+    def _of_one_adapter(self, original: str, canonical: Canonical) -> Canonical:
+        adapter = _ADAPTER.search(original)
+        if adapter is None or self._adapters.setdefault(canonical.name, adapter[1]) == adapter[1]:
+            return canonical
+        return Canonical(f"{canonical.name}#{adapter[1]}", canonical.transform)
 
 
 def apply_rules(original: str, rules: Sequence[Rule]) -> Canonical:
@@ -116,6 +153,8 @@ def split_state_name(name: str) -> tuple[str, str]:
     return parameter, kind
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+def nearest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
     """The known names that are most like a name, best first; for messages, never for matching."""
-    return difflib.get_close_matches(name, list(known), count, 0.6)
+    import difflib  # slow to import, and needed only for a name without a counterpart
+
+    return difflib.get_close_matches(name, list(known), count, cutoff)

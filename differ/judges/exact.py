@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
+
+import numpy as np
 
 from differ.align import BLOCK, Row, Tensor
 from differ.compare import distance, same_integers
@@ -15,6 +18,9 @@ from differ.inputs import LORA_SCALE
 from differ.result import Finding, Kind
 from differ.session import RowPair, Session, structure_finding, value_finding
 from tracer.dtypes import is_float
+
+# Statistics that are added up from parts and those of the whole differ by float64 rounding.
+PARTS_APART: Final = 1e-9
 
 
 def judge_init(session: Session, pair: RowPair, names: Sequence[str]) -> None:
@@ -27,7 +33,7 @@ def judge_init(session: Session, pair: RowPair, names: Sequence[str]) -> None:
             session.model_blocked |= _judge_numbers(session, pair, name, tolerance)
         elif pair.a.stored(name) and pair.b.stored(name):
             _judge_numbers(session, pair, name, session.policy.tolerance(pair.phase, pair.dtype(name), name).base)
-        else:
+        elif not _alike_in_parts(session, pair, name):
             session.model_blocked = True
             _find_frozen(session, pair, name)
 
@@ -99,6 +105,22 @@ def _judge_numbers(session: Session, pair: RowPair, name: str, tolerance: float,
 def _is_reference(row: Row, name: str) -> bool:
     """Whether a record is a tied weight, kept as a reference to another record of the row."""
     return bool(row.entry(name).alias_of)
+
+
+def _alike_in_parts(session: Session, pair: RowPair, name: str) -> bool:
+    """Whether a frozen weight of which ranks hold parts has the other side's statistics: there is no digest of the whole."""
+    if all(row.view.exact_digest(row.positions[name]) for row in (pair.a, pair.b)):
+        return False
+    if pair.a.stored(name) or pair.b.stored(name) or pair.a.shape(name) != pair.b.shape(name):
+        return False
+    a, b = (row.view.stats[row.positions[name]] for row in (pair.a, pair.b))
+    size = np.maximum(np.abs(a), np.abs(b))
+    size[1:4] = max(size[1], size[2])  # a mean may be small beside what it is the mean of
+    apart = float(np.max(np.abs(a - b) / np.maximum(size, 1e-30)))
+    if not apart <= PARTS_APART:
+        return False
+    session.measured(pair, name, apart, PARTS_APART)
+    return True
 
 
 def _find_frozen(session: Session, pair: RowPair, name: str) -> None:

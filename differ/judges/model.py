@@ -24,15 +24,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from differ.compare import distance
+import numpy as np
+
+from differ.align import Tensor
+from differ.compare import Distance, distance
 from differ.inputs import InputDistance
-from differ.judges.reduction import LOSS, reductions
-from differ.noise import smallest_norm
+from differ.judges.loss import LOSS, replays
+from differ.judges.reduction import reductions
+from differ.judges.reference import Teacher, teacher
+from differ.judges.systematic import excused
+from differ.matching import positions_of
+from differ.noise import delta_norm, smallest_norm
 from differ.policy import Tolerance
 from differ.result import Cause
 from differ.session import RowPair, Session, value_finding
-from tracer.dtypes import coarser
-from tracer.schema import Phase
+from tracer.dtypes import coarser, to_float64
+from tracer.schema import TOKEN_LOSS, Phase
 
 # A loss below this is all rounding noise; the gradient's noise is not divided by less.
 SMALLEST_LOSS: Final = 1e-6
@@ -40,18 +47,24 @@ SMALLEST_LOSS: Final = 1e-6
 
 def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     """Compare outputs of the model across the two sides, given their inputs."""
-    if session.model_blocked or session.step_blocked:
+    blocked = session.model_blocked or session.step_blocked
+    if blocked and session.options.reference is None:
         session.tally.explained(pair.phase, len(names))
         return
     floor = noise_floor(pair)
     amplify = 1.0 / batch_loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
     repeats = not session.first_step_of(pair.phase, pair.step)
+    if not (blocked or repeats) and excused(
+        session, pair, names, lambda name: allowance(session, pair, name, amplify=amplify), floor
+    ):
+        return
     diverged = False
-    for name in names:
-        if pair.phase is Phase.FORWARD and diverged:
+    # Of a micro-batch's losses those of the tokens come first: the reduced one is made of them.
+    for name in sorted(names, key=lambda name: name != TOKEN_LOSS) if pair.phase is Phase.LOSS else names:
+        if pair.phase in (Phase.FORWARD, Phase.LOSS) and diverged:
             session.tally.explained(pair.phase)  # modules run in order: the rest got what this one made
             continue
-        diverged |= _judge_one(session, pair, name, floor=floor, amplify=amplify, repeats=repeats)
+        diverged |= _judge_one(session, pair, name, floor=floor, amplify=amplify, repeats=repeats, blocked=blocked)
     if diverged:
         session.diverged_at.setdefault(pair.phase, pair.step)
         session.step_blocked = session.step_blocked or pair.phase is not Phase.EVAL
@@ -65,22 +78,35 @@ def _judge_one(
     floor: float,
     amplify: float,
     repeats: bool,
+    blocked: bool,
 ) -> bool:
-    """Judge one record; returns whether it differs beyond tolerance."""
+    """Judge one record; returns whether it differs beyond tolerance.
+
+    Where the inputs say too little (`blocked`, or too far apart) only the reference can judge, if there is one.
+    """
     granted = allowance(session, pair, name, amplify=amplify)
-    if not granted.judges:
-        session.tally.explained(pair.phase)
-        return False
+    taught = teacher(session, pair, name)
+    if blocked or not granted.judges:
+        if taught is None or not taught.news:
+            session.tally.explained(pair.phase)
+            return False
+        return _find_taught(session, pair, name, taught, repeats=repeats)
     allowed, apart = granted.error, granted.distance
-    a, b = pair.a.read(name), pair.b.read(name)
+    if pair.phase is Phase.LOSS and name == LOSS and _find_irreproducible(session, pair, repeats=repeats):
+        return True
+    a, b = _unweighted(session, pair, name)
     measured = distance(a, b)
-    observed = measured.rel_l2(floor)
+    observed = measured.rel_l2(max(floor, delta_norm(pair.phase, pair.a, pair.b, name)))
     if observed <= allowed and measured.nonfinite < 0:
         session.measured(pair, name, observed, allowed, distance=apart)
+        return False
+    if taught is not None and taught.excused:
+        session.tally.explained(pair.phase)
         return False
     if pair.phase is Phase.LOSS and name == LOSS and measured.nonfinite < 0:
         weighted = reductions(session, pair, allowed)
         if weighted is not None:
+            session.loss_weights[pair.step] = weighted.weights
             session.note_once(Cause("loss.weighted", weighted.sentence, step=pair.step, phase=pair.phase.label))
             session.measured(pair, name, weighted.left, allowed, distance=apart)
             return False
@@ -88,9 +114,94 @@ def _judge_one(
         session.tally.repeated(pair.phase, name)
         return True
     session.measured(pair, name, observed, allowed, distance=apart, diverged=True)
+    detail = _detail(session, pair, name, (a, b), measured) if taught is None else taught.detail
     session.tally.find(
-        value_finding(pair, name, measured, (a, b), observed=observed, tolerance=allowed, required=observed)
+        value_finding(
+            pair, name, measured, (a, b), observed=observed, tolerance=allowed, required=observed, detail=detail
+        )
     )
+    return True
+
+
+def _unweighted(session: Session, pair: RowPair, name: str) -> tuple[Tensor, Tensor]:
+    """Both sides of a record; gradients of a micro-batch without the weights that their losses were found to have."""
+    a, b = pair.a.read(name), pair.b.read(name)
+    weights = session.loss_weights.get(pair.step, {}).get(pair.micro_batch)
+    if pair.phase is not Phase.GRAD or weights is None:
+        return a, b
+    return _divided(a, weights[0]), _divided(b, weights[1])
+
+
+def _divided(tensor: Tensor, weight: float) -> Tensor:
+    return Tensor(to_float64(tensor.stored, tensor.dtype) / weight, "float64")
+
+
+def _find_irreproducible(session: Session, pair: RowPair, *, repeats: bool) -> bool:
+    """Report a loss that follows from its own side's token losses under no known reduction, where the other side's does."""
+    found = replays(session, pair)
+    if found is None:
+        return False
+    for side, replay in (("a", found.a), ("b", found.b)):
+        if replay is not None and not replay.rules and not found.odd:
+            summary = (
+                f"{side}'s loss follows from its token losses under no known reduction: it is compared across the sides"
+            )
+            session.note_once(Cause("rule.unknown", summary, side=side, step=pair.step, phase=pair.phase.label))
+    odd = {"a": found.a, "b": found.b}.get(found.odd)
+    if odd is None:
+        return False
+    if repeats:
+        session.tally.repeated(pair.phase, LOSS)
+        return True
+    a, b = pair.a.read(LOSS), pair.b.read(LOSS)
+    measured = distance(a, b)
+    session.measured(pair, LOSS, odd.error, odd.tolerance, diverged=True)
+    session.tally.find(
+        value_finding(
+            pair, LOSS, measured, (a, b), observed=measured.rel_l2(), tolerance=odd.tolerance,
+            required=odd.error, detail=found.sentence,
+        )
+    )  # fmt: skip
+    return True
+
+
+def _detail(session: Session, pair: RowPair, name: str, tensors: tuple[Tensor, Tensor], measured: Distance) -> str:
+    """What the numbers of a finding do not say: which token it is, where one is supervised on one side only, how losses were
+    reduced.
+    """
+    if pair.phase is Phase.FORWARD:
+        positions, width = positions_of(pair.a), tensors[0].shape[-1]
+        if positions is None or not width:
+            return ""
+        row, position = positions[(measured.nonfinite if measured.nonfinite >= 0 else measured.at) // width]
+        return f"row {row} of the batch, position {position}"
+    if pair.phase is Phase.LOSS and name == LOSS:
+        found = replays(session, pair)
+        return "" if found is None else found.sentence
+    if name != TOKEN_LOSS:
+        return ""
+    zeros = [tensor.stored.reshape(tensor.shape) == 0 for tensor in tensors]
+    only = np.argwhere(zeros[0] != zeros[1])
+    if not len(only):
+        return ""
+    places = ", ".join(f"({row}, {position})" for row, position in only[:3]) + ", …" * (len(only) > 3)
+    return f"{len(only)} tokens have a loss on one side only: {places} (row, position)"
+
+
+def _find_taught(session: Session, pair: RowPair, name: str, taught: Teacher, *, repeats: bool) -> bool:
+    """Report a record that the reference alone could judge: its numbers are distances from the reference."""
+    if repeats:
+        session.tally.repeated(pair.phase, name)
+        return True
+    session.measured(pair, name, taught.error, taught.tolerance, diverged=True)
+    tensors = pair.a.read(name), pair.b.read(name)
+    measured = distance(*tensors)
+    session.tally.find(
+        value_finding(
+            pair, name, measured, tensors, observed=measured.rel_l2(), tolerance=taught.tolerance,
+            required=taught.error, detail=taught.detail,
+        )
+    )  # fmt: skip
     return True
 
 

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from differ.align import Rows
+from differ.judges.loss import LOSS
 from differ.session import RowPair, Session
 from tracer.schema import REPORTED_PREFIX, Phase
 
-LOSS: Final = "loss"
 # Gradients further apart than this in norm have got the factor too; the smallest is 2, for two micro-batches.
 ALIKE: Final = 1.4
 WORDS: Final = {
@@ -40,6 +41,8 @@ class Reductions:
     a: str
     b: str
     left: float
+    # Weight of each micro-batch's loss on either side.
+    weights: Mapping[int, tuple[float, float]]
 
     @property
     def sentence(self) -> str:
@@ -64,7 +67,8 @@ def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | 
     for mine, theirs in itertools.permutations(weights, 2):
         left = max(_apart(x, y, u, v) for x, y, u, v in zip(a, b, weights[mine], weights[theirs], strict=True))
         if left <= allowed:
-            return Reductions(mine, theirs, left)
+            pairs = zip(weights[mine], weights[theirs], strict=True)
+            return Reductions(mine, theirs, left, dict(zip(micro_batches, pairs, strict=True)))
     return None
 
 

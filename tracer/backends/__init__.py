@@ -38,7 +38,7 @@ class Backends:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._backends: list[Backend] = []
-        self._finder = _ImportWatcher(self._fire)
+        self._finder = ImportWatcher(self._fire)
         self._triggers: dict[str, list[Callable[[], None]]] = {}
 
     def install(self) -> None:
@@ -67,7 +67,7 @@ class Backends:
                 action()
 
 
-class _ImportWatcher(importlib.abc.MetaPathFinder):
+class ImportWatcher(importlib.abc.MetaPathFinder):
     """Lets the usual machinery import a module, then calls back."""
 
     def __init__(self, imported: Callable[[str], None]) -> None:
@@ -77,6 +77,7 @@ class _ImportWatcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """The usual spec of a wanted module, with a loader that calls back."""
         if fullname not in self.wanted:
             return None
         # Looking for a module is not importing it: it stays wanted until it has been executed.

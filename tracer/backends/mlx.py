@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FunctionType
@@ -27,9 +26,11 @@ from tracer.backends.mlx_events import (
     loss_arguments,
     micro_batch_event,
 )
-from tracer.backends.mlx_model import Snapshot, find, observe_trainer, perturb, snapshot
+from tracer.backends.mlx_forward import Forward
+from tracer.backends.mlx_model import Snapshot, find, perturb, snapshot
 from tracer.backends.mlx_patch import Patches, cell_of, functions_with_code, inner_code
 from tracer.backends.mlx_step import Collector
+from tracer.backends.mlx_trainers import hook_mlx_lm, hook_unsloth
 from tracer.recorder import Recorder
 
 Function = Callable[..., Any]
@@ -47,6 +48,7 @@ class Backend:
         self._recorder = recorder
         self._collector = Collector(recorder)
         self._patches = Patches()
+        self._forward = Forward(recorder, self._patches)
         self._eager = Scope()
         self._frame: Scope | None = None  # the compiled function that is being traced
         self._plans: dict[str, tuple[Event, ...]] = {}
@@ -62,6 +64,7 @@ class Backend:
             "mlx.optimizers": self._hook_optimizers,
             "mlx_lm.tuner.trainer": self._hook_mlx_lm,
             "mlx_lm.lora": self._hook_mlx_lm,
+            "unsloth_zoo.mlx.trainer": self._hook_unsloth,
         }
 
     def uninstall(self) -> None:
@@ -76,6 +79,7 @@ class Backend:
         self._patches.attribute(mx, "compile", self._compile)
         self._patches.attribute(mx, "value_and_grad", self._core_value_and_grad)
         self._patches.attribute(mx, "clip", self._clip)
+        self._forward.hook_core(mx)
 
     def _hook_nn(self) -> None:
         import mlx.nn as nn
@@ -83,6 +87,7 @@ class Backend:
         original: FunctionType = nn.utils.value_and_grad
         self._patches.attribute(nn.utils, "value_and_grad", self._nn_value_and_grad)
         self._patches.attribute(nn, "value_and_grad", self._nn_value_and_grad)
+        self._forward.hook_losses(nn.losses)
         self._hook_made_before(original)
 
     def _hook_made_before(self, original: FunctionType) -> None:
@@ -94,6 +99,10 @@ class Backend:
                 loss = getattr(function, "__wrapped__", None)
                 watched = self._watched(inner.cell_contents, loss, model.cell_contents, skip=1)
                 self._patches.cell(inner, watched)
+        code = inner_code(original, "inner_fn") if isinstance(original, FunctionType) else None
+        for function in list(functions_with_code(code)) if code is not None else ():
+            if (cell := cell_of(function, "fn")) is not None:
+                self._patches.cell(cell, self._forward.watching(cell.cell_contents))
 
     def _hook_optimizers(self) -> None:
         import mlx.optimizers as optim
@@ -104,9 +113,10 @@ class Backend:
         self._patches.attribute(optim, "clip_grad_norm", self._clip_grad_norm)
 
     def _hook_mlx_lm(self) -> None:
-        trainer = sys.modules.get("mlx_lm.tuner.trainer")
-        if trainer is not None:
-            self._patches.attribute(trainer, "train", self._train)
+        hook_mlx_lm(self._patches, self._recorder)
+
+    def _hook_unsloth(self) -> None:
+        hook_unsloth(self._patches, self._recorder, lambda: None if self._differentiating else self._scope)
 
     # Compiled functions.
 
@@ -218,7 +228,7 @@ class Backend:
     def _core_value_and_grad(self, original: Function) -> Function:
         @functools.wraps(original)
         def value_and_grad(fun: Any, argnums: Any = None, *args: Any, **kwargs: Any) -> Any:
-            taken = original(fun, argnums, *args, **kwargs)
+            taken = original(self._forward.watching(fun), argnums, *args, **kwargs)
             return self._watched(taken, fun, None, argnums=_positions(argnums, kwargs))
 
         return value_and_grad
@@ -237,6 +247,8 @@ class Backend:
                 with self._recorder.guard():
                     trained = args[min(argnums)] if argnums and min(argnums) < len(args) else None
                     start = self._snapshot(loss, model, trained)
+            with self._recorder.guard():
+                self._forward.begin(model or self._model, loss)
             self._differentiating += 1
             try:
                 outcome = taken(*args, **kwargs)
@@ -255,10 +267,10 @@ class Backend:
     ) -> None:
         value, gradients = outcome
         scope = self._scope
-        # The raw gradient is needed only where it is the step's only one.
+        # The raw gradient is needed only where it is the step's only one, or is recorded by itself.
         alone = not self._collector.pending and not any(isinstance(e, MicroBatch) for e in scope.events)
-        raw = flatten(gradients) if alone else {}
-        event = micro_batch_event(scope.tape, arguments, value, raw)
+        raw = flatten(gradients) if alone or self._recorder.options.micro_grads else {}
+        event = micro_batch_event(scope.tape, arguments, value, raw, self._forward.take())
         if self._frame is not None:
             scope.events.append(event)
             return
@@ -354,17 +366,6 @@ class Backend:
         if self._frame is None:
             values, self._eager = scope.tape.arrays, Scope()
             self._collector.update(event, values, compiled=False)
-
-    # mlx-lm.
-
-    def _train(self, original: Function) -> Function:
-        @functools.wraps(original)
-        def train(*args: Any, **kwargs: Any) -> Any:
-            with self._recorder.guard():
-                observe_trainer(self._recorder, original, args, kwargs)
-            return original(*args, **kwargs)
-
-        return train
 
 
 def _adopt(frame: Scope, events: tuple[Event, ...], values: list[Array]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tracer.backends.mlx_arrays import Array, Tree, flatten
+from tracer.backends.mlx_forward import Captured, Output
 
 Slots = dict[str, int]
 
@@ -49,14 +50,27 @@ class ArgumentSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputSlot:
+    """An array that was computed on the way to the loss: canonical name, the library's own, slot."""
+
+    name: str
+    original: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One call of value_and_grad: arguments of the loss, its value, the token count beside it, raw gradients."""
+    """One call of value_and_grad: arguments of the loss, its value, the token count beside it, raw gradients.
+
+    `modules`: module outputs in call order.  `tokens`: what the losses of the tokens are made from.
+    """
 
     arguments: tuple[ArgumentSlot, ...]
     loss: int | None
     count: int | None
     raw: Slots
-    clips: int = 0
+    modules: tuple[OutputSlot, ...] = ()
+    tokens: tuple[OutputSlot, ...] = ()
 
     def moved(self, move: Callable[[int], int]) -> MicroBatch:
         """The same event with its slots on another tape."""
@@ -66,6 +80,8 @@ class MicroBatch:
             loss=None if self.loss is None else move(self.loss),
             count=None if self.count is None else move(self.count),
             raw=_moved(self.raw, move),
+            modules=tuple(replace(output, slot=move(output.slot)) for output in self.modules),
+            tokens=tuple(replace(output, slot=move(output.slot)) for output in self.tokens),
         )
 
 
@@ -165,7 +181,9 @@ class Scope:
         maybe = None
         if self.clip_calls:
             call, only = self.clip_calls[-1], len(self.clip_calls) == 1
-            clip = Clip("norm", call.bound, self.tape.put(call.norm) if only else None)
+            # Called once a tensor, it clips each by its own norm.
+            each = not only and all(len(one.before) == 1 for one in self.clip_calls)
+            clip = Clip("tensor" if each else "norm", call.bound, self.tape.put(call.norm) if only else None)
             if only and source is None and call.before.keys() >= applied.keys():
                 maybe = self.tape.put_all({name: call.before[name] for name in applied})
         event = Update(
@@ -196,7 +214,7 @@ def micro_batch_event(
     arguments: Sequence[tuple[str, str, Array]],
     value: Any,
     gradients: Mapping[str, Array],
-    clips: int = 0,
+    captured: Captured,
 ) -> MicroBatch:
     """Event of one value_and_grad call.  A tuple's first element is the loss; a scalar integer beside it, the count."""
     import mlx.core as mx
@@ -211,8 +229,13 @@ def micro_batch_event(
         # occurs twice in the graph (IndexError: _Map_base::at).  A sum of its own is no such output.
         None if count is None else tape.put(count + 0),
         tape.put_all(gradients),
-        clips,
+        modules=_put_outputs(tape, captured.modules),
+        tokens=_put_outputs(tape, captured.tokens),
     )
+
+
+def _put_outputs(tape: Tape, outputs: Sequence[Output]) -> tuple[OutputSlot, ...]:
+    return tuple(OutputSlot(output.name, output.original, tape.put(output.array)) for output in outputs)
 
 
 def loss_arguments(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from tracer.backends.mlx_arrays import Array, Tree, array_record, dtype_name, flatten, plain_record, to_numpy
 from tracer.dtypes import is_float
-from tracer.names import NameMap, state_name
+from tracer.names import TRANSPOSED, NameMap, state_name
 from tracer.perturb import Perturbation, nudge
 from tracer.recorder import Recorder
 from tracer.schema import RNG_PREFIX, Phase, Record
@@ -28,6 +29,17 @@ from tracer.schema import RNG_PREFIX, Phase, Record
 ADAM_STATES: Final = {"m": "exp_avg", "v": "exp_avg_sq"}
 ADAMAX_STATES: Final = {"m": "exp_avg", "v": "exp_inf"}
 SGD_STATES: Final = {"v": "momentum_buffer"}
+# The others by class: what PyTorch's optimizer of that name calls the same thing.
+OTHER_STATES: Final[Mapping[str, Mapping[str, str]]] = {
+    "RMSprop": {"v": "square_avg"},
+    "Adagrad": {"v": "sum"},
+    "AdaDelta": {"v": "square_avg", "u": "acc_delta"},
+    "Lion": {"m": "exp_avg"},
+    "Muon": SGD_STATES,
+    "Adafactor": {},
+}
+# Adafactor's factors: the row of a matrix is the column of its transpose.
+FACTORS: Final = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
 # How far behind a step function its model is looked for: the function, what it calls, what that calls.
 CLOSURE_DEPTH: Final = 3
 
@@ -65,7 +77,7 @@ def perturb(model: Any, twin: Perturbation, names: NameMap) -> bool:
     moved = []
     for name, array in flatten(model.parameters()).items():
         value = to_numpy(array) if is_float(dtype_name(array)) else None
-        if value is None or twin.seed is None or not twin.moves(trained=name in trained):
+        if value is None or twin.seed is None or not twin.moves(dtype_name(array), trained=name in trained):
             continue
         new = mx.array(nudge(value, dtype_name(array), names(name).name, twin.seed))
         moved.append((name, new.view(mx.bfloat16) if array.dtype == mx.bfloat16 else new))
@@ -81,12 +93,17 @@ def observe_trainer(
     bound = inspect.signature(trainer).bind(*args, **kwargs)
     bound.apply_defaults()
     recorder.observe("trainer.class", f"{trainer.__module__}.{trainer.__qualname__}")
-    settings = bound.arguments.get("args")
+    observe_settings(recorder, bound.arguments.get("args"))
+
+
+def observe_settings(recorder: Recorder, settings: Any) -> None:
+    """Note the fields of a trainer's arguments that are plain values; no paths, nothing of accounts."""
     if not dataclasses.is_dataclass(settings):
         return
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, (bool, int, float, str)) and not field.name.endswith(("file", "path")):
+        private = field.name.endswith(("file", "path", "_dir")) or (isinstance(value, str) and os.sep in value)
+        if isinstance(value, (bool, int, float, str)) and not private:
             recorder.observe(f"trainer.args.{field.name}", value)
 
 
@@ -126,7 +143,10 @@ def state_records(names: NameMap, optimizer: Any, held: Sequence[str], state: Ma
         parameter, kind = _split(path, holders)
         if parameter:
             record = array_record(names, parameter, array)
-            name = state_name(record.name, kinds.get(kind, kind))
+            kind = kinds.get(kind, kind)
+            if kind in FACTORS and names(parameter).transform == TRANSPOSED:
+                kind = FACTORS[kind]
+            name = state_name(record.name, kind)
             records.append(replace(record, name=name, original=path))
     return records
 
@@ -241,6 +261,10 @@ def _state_kinds(optimizer: Any, state: Mapping[str, Array]) -> Mapping[str, str
         return ADAMAX_STATES
     if isinstance(optimizer, optim.SGD):
         return SGD_STATES
+    for name, kinds in OTHER_STATES.items():
+        # Muon is not in every version.
+        if isinstance(optimizer, getattr(optim, name, ())):
+            return kinds
     ends = {path.rpartition(".")[2] for path in state}
     return ADAM_STATES if ADAM_STATES.keys() <= ends else {}
 

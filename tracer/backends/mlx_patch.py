@@ -21,6 +21,7 @@ class Patches:
         self._attributes: list[tuple[Any, str, Any]] = []
         self._replaced: dict[int, tuple[Any, Any]] = {}
         self._cells: list[tuple[CellType, Any]] = []
+        self._methods: dict[tuple[type, str], tuple[Any, Any]] = {}
 
     def attribute(self, owner: Any, name: str, make: Callable[[Any], Any]) -> Any:
         """Replace `owner.name` by `make(original)`, and rebind modules that hold the original; returns the replacement.
@@ -39,6 +40,16 @@ class Patches:
             rebind(original, replacement)
         return replacement
 
+    def method(self, kind: type, name: str, make: Callable[[Any], Any]) -> None:
+        """Replace a method in the class that defines it, `kind` or one of its bases, once."""
+        holder = next((each for each in kind.__mro__ if name in vars(each)), None)
+        if holder is None or (holder, name) in self._methods:
+            return
+        original = vars(holder)[name]
+        replacement = make(original)
+        self._methods[holder, name] = (original, replacement)
+        setattr(holder, name, replacement)
+
     def cell(self, cell: CellType, content: Any) -> None:
         """Replace the content of a closure cell."""
         self._cells.append((cell, cell.cell_contents))
@@ -48,11 +59,16 @@ class Patches:
         """Put everything back, last first."""
         for cell, content in reversed(self._cells):
             cell.cell_contents = content
+        for (holder, name), (original, replacement) in reversed(self._methods.items()):
+            # Where the program has replaced the method since, its own stays (mlx-lm's gradient checkpointing does that), and
+            # what it calls in ours passes unchanged.
+            if vars(holder).get(name) is replacement:
+                setattr(holder, name, original)
         for owner, name, original in reversed(self._attributes):
             setattr(owner, name, original)
         for original, replacement in self._replaced.values():
             rebind(replacement, original)
-        self._cells, self._attributes, self._replaced = [], [], {}
+        self._cells, self._attributes, self._replaced, self._methods = [], [], {}, {}
 
 
 def rebind(old: Any, new: Any) -> None:

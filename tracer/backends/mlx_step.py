@@ -23,9 +23,11 @@ from tracer.backends.mlx_arrays import (
     to_numpy,
     unrecorded,
 )
-from tracer.backends.mlx_batch import Argument, Count, map_batch
-from tracer.backends.mlx_events import MicroBatch, Part, Slots, Update
+from tracer.backends.mlx_batch import Argument, Count, Named, map_batch
+from tracer.backends.mlx_events import MicroBatch, OutputSlot, Part, Slots, Update
+from tracer.backends.mlx_forward import Output
 from tracer.backends.mlx_model import Snapshot, add_init, is_number, rng_records, shared_state, state_records
+from tracer.backends.mlx_outputs import Sampled, forward_records, sample, token_loss_record, token_losses
 from tracer.dtypes import is_float
 from tracer.recorder import Recorder
 from tracer.schema import REPORTED_PREFIX, Phase, Record, State
@@ -41,14 +43,28 @@ NOT_SEEN: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Records of a batch, and those of arguments that have no value."""
+
+    named: list[Named]
+    missing: list[Record]
+
+
 @dataclass(slots=True)
 class _Seen:
-    """A micro-batch with its arrays.  `raw` is dropped when a second one follows."""
+    """A micro-batch with its arrays.  `raw` is dropped when a second one follows, unless it is recorded by itself.
+
+    `batch`: once it has been asked for.  `sampled`, `tokens`: what was seen inside the forward pass.
+    """
 
     arguments: list[tuple[str, str, Array]]
     loss: Array | None
     count: Array | None
     raw: dict[str, Array]
+    batch: _Batch | None = None
+    sampled: Sampled | None = None
+    tokens: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +83,6 @@ class Collector:
         self.start: Snapshot | None = None
         self.rng: npt.NDArray[Any] | None = None
         self._pending: list[_Seen] = []
-        self._clips = 0
         self._begun = False
         twin = recorder.options.twin
         # Whether a twin's starting point has been moved; true where there is nothing to move.
@@ -88,25 +103,35 @@ class Collector:
         arguments = [(a.position, a.name, values[a.slot]) for a in event.arguments]
         loss = None if event.loss is None else values[event.loss]
         count = None if event.count is None else values[event.count]
-        raw = {} if self._pending else _arrays(event.raw, values)
+        each = self.recorder.options.micro_grads
+        raw = {} if self._pending and not each else _arrays(event.raw, values)
         for earlier in self._pending:
-            earlier.raw = {}
-        self._pending.append(_Seen(arguments, loss, count, raw))
-        self._clips += event.clips
+            earlier.raw = earlier.raw if each else {}
+        self._pending.append(seen := _Seen(arguments, loss, count, raw))
+        self._look_inside(seen, event, values)
         if len(self._pending) > MAX_MICRO_BATCHES:
             self.recorder.stop(f"{MAX_MICRO_BATCHES} gradients were taken without an update by an MLX optimizer")
+
+    def _look_inside(self, seen: _Seen, event: MicroBatch, values: Sequence[Array]) -> None:
+        """Take the sampled rows of module outputs now, so that whole outputs need not be kept until the update."""
+        # Step 0 ends with the first update: until then it is not known to which step this belongs.
+        wanted = self.recorder.wants(Phase.LOSS) or self.recorder.wants(Phase.FORWARD) or not self._begun
+        if not wanted or not (event.modules or event.tokens):
+            return
+        batch = _batch(seen).named
+        seen.sampled = sample(self.recorder, batch, _outputs(event.modules, values))
+        seen.tokens = token_losses(batch, _outputs(event.tokens, values))
 
     def update(self, event: Update, values: Sequence[Array], *, compiled: bool) -> None:
         """An update ends the step: everything is evaluated at once, copied, and handed over."""
         pending, self._pending = self._pending, []
-        clips, self._clips = self._clips, 0
         applied = _arrays(event.applied, values)
         live = [array for seen in pending for array in _all_arrays(seen)]
         if not evaluate([*live, *values]) and not evaluate(list(applied.values())[:1]):
             self.recorder.stop(NOT_SEEN)
             return
         self._begin()
-        gradients = _Gradients(applied, _source(event, values, pending, clips))
+        gradients = _Gradients(applied, _source(event, values, pending))
         self._observe(event, len(pending), compiled)
         if event.clip is None and gradients.source is not None:
             self.recorder.observe("clip.mode", "none")
@@ -145,11 +170,20 @@ class Collector:
         for i, seen in enumerate(pending):
             if self.recorder.wants(Phase.BATCH):
                 self.recorder.add(Phase.BATCH, _batch_records(seen), i)
+            if self.recorder.wants(Phase.FORWARD) and seen.sampled is not None:
+                self.recorder.add(Phase.FORWARD, forward_records(self.recorder, seen.sampled), i)
             if self.recorder.wants(Phase.LOSS):
-                loss = unrecorded("loss") if seen.loss is None else array_record(self.recorder.names, "loss", seen.loss)
-                self.recorder.add(Phase.LOSS, [loss], i)
+                self.recorder.add(Phase.LOSS, self._losses(seen), i)
+            if self.recorder.wants(Phase.GRAD) and self.recorder.options.micro_grads:
+                own = [array_record(self.recorder.names, name, array) for name, array in seen.raw.items()]
+                self.recorder.add(Phase.GRAD, own, i)
         if not pending:
             self.recorder.add(Phase.LOSS, [unrecorded("loss")], 0)
+
+    def _losses(self, seen: _Seen) -> list[Record]:
+        loss = unrecorded("loss") if seen.loss is None else array_record(self.recorder.names, "loss", seen.loss)
+        each = [token_loss_record(self.recorder, seen.tokens)] if self.recorder.options.token_loss else []
+        return [loss, *each]
 
     def _add_gradients(self, gradients: _Gradients, event: Update, values: Sequence[Array]) -> None:
         recorder = self.recorder
@@ -232,6 +266,7 @@ def group_settings(optimizer: Any, shared: Mapping[str, float]) -> dict[str, flo
     for key, value in vars(optimizer).items():
         if key.startswith("_"):
             continue
+        key = "beta1" if key == "beta_1" else key
         if isinstance(value, bool):
             settings[key] = value
         elif isinstance(value, (int, float)):
@@ -239,18 +274,18 @@ def group_settings(optimizer: Any, shared: Mapping[str, float]) -> dict[str, flo
         elif isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value):
             stem = "beta" if key == "betas" else key
             settings.update({f"{stem}{i}": float(item) for i, item in enumerate(value, 1)})
-    if isinstance(optimizer, optim.Adam):
-        # mlx.optimizers.Adam has no decay at all; PyTorch's has one of 0.
+    if isinstance(optimizer, (optim.Adam, optim.RMSprop, optim.Adagrad, optim.AdaDelta)):
+        # These have no decay at all; PyTorch's have one of 0.
         settings.setdefault("weight_decay", 0.0)
     others = {key: value for key, value in shared.items() if key not in ("step", "learning_rate")}
     return {**settings, **others}
 
 
-def _source(event: Update, values: Sequence[Array], pending: Sequence[_Seen], clips: int) -> dict[str, Array] | None:
+def _source(event: Update, values: Sequence[Array], pending: Sequence[_Seen]) -> dict[str, Array] | None:
     """Gradients before clipping, by name; see the module's docstring."""
     if event.source is not None:
         return _arrays(event.source, values)
-    if event.maybe_source is not None and not clips:
+    if event.maybe_source is not None:
         return _arrays(event.maybe_source, values)
     losses = [seen.loss for seen in pending if seen.loss is not None]
     if not pending or len(losses) < len(pending) or not evaluate(losses):
@@ -259,17 +294,27 @@ def _source(event: Update, values: Sequence[Array], pending: Sequence[_Seen], cl
     return (pending[0].raw or None) if len(pending) == 1 else _arrays(event.applied, values)
 
 
+def _batch(seen: _Seen) -> _Batch:
+    """The batch of a micro-batch, read once."""
+    if seen.batch is None:
+        arguments, missing = [], []
+        for position, name, array in seen.arguments:
+            value = to_numpy(array)
+            if value is None:
+                missing.append(unrecorded(f"args.{position}", dtype_name(array), tuple(array.shape)))
+            else:
+                arguments.append(Argument(position, name, value, dtype_name(array)))
+        seen.batch = _Batch(map_batch(arguments, returned=_count(seen.count)), missing)
+    return seen.batch
+
+
 def _batch_records(seen: _Seen) -> list[Record]:
-    arguments = []
-    records = []
-    for position, name, array in seen.arguments:
-        value = to_numpy(array)
-        if value is None:
-            records.append(unrecorded(f"args.{position}", dtype_name(array), tuple(array.shape)))
-        else:
-            arguments.append(Argument(position, name, value, dtype_name(array)))
-    named = map_batch(arguments, returned=_count(seen.count))
-    return [*(plain_record(n.name, n.value, n.dtype) for n in named), *records]
+    batch = _batch(seen)
+    return [*(plain_record(n.name, n.value, n.dtype) for n in batch.named), *batch.missing]
+
+
+def _outputs(slots: Sequence[OutputSlot], values: Sequence[Array]) -> list[Output]:
+    return [Output(slot.name, slot.original, values[slot.slot]) for slot in slots]
 
 
 def _count(array: Array | None) -> Count | None:
@@ -290,4 +335,6 @@ def _arrays(slots: Slots, values: Sequence[Array]) -> dict[str, Array]:
 
 def _all_arrays(seen: _Seen) -> list[Array]:
     scalars = [array for array in (seen.loss, seen.count) if array is not None]
-    return [*scalars, *seen.raw.values(), *(array for _, _, array in seen.arguments)]
+    inside = [] if seen.sampled is None else seen.sampled.arrays
+    tokens = [] if seen.tokens is None else [seen.tokens]
+    return [*scalars, *seen.raw.values(), *(array for _, _, array in seen.arguments), *inside, *tokens]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from tracer.backends.pytorch_model import live_optimizers
+from tracer.backends.pytorch_model import is_sharded, live_optimizers
 from tracer.backends.pytorch_registry import Registry
 from tracer.backends.pytorch_run import Run
 
@@ -132,7 +132,10 @@ class Backend:
     # Forward and backward.
 
     def _hook_forward(self, module: Any) -> Any:
-        return module.register_forward_pre_hook(ForwardHook(self._recorder, self._run), with_kwargs=True)
+        # `fully_shard` gathers parameters in a hook of its own; before that they are what the optimizer updates.
+        return module.register_forward_pre_hook(
+            ForwardHook(self._recorder, self._run), prepend=is_sharded(module), with_kwargs=True
+        )
 
     def _wrap_backward(self, original: Function) -> Function:
         @functools.wraps(original)
@@ -185,9 +188,10 @@ class Backend:
             result = original(*args, **kwargs)
             with self._recorder.guard():
                 if result.requires_grad:
+                    logits = args[0] if args else kwargs["input"]
                     target = args[1] if len(args) > 1 else kwargs["target"]
                     ignored = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
-                    self._run.cross_entropy(target, ignored=int(ignored), whole=result.ndim == 0)
+                    self._run.cross_entropy(original, logits, target, ignored=int(ignored), whole=result.ndim == 0)
             return result
 
         return cross_entropy

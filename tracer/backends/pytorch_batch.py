@@ -28,7 +28,7 @@ def named_arguments(root: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     named = dict(kwargs)
     if not args:
         return named
-    forward = root._modules["_orig_mod"].forward if "_orig_mod" in root._modules else root.forward
+    forward = _unwrapped(root).forward
     try:
         parameters = [
             p.name
@@ -40,6 +40,16 @@ def named_arguments(root: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     for i, value in enumerate(args):
         named[parameters[i] if i < len(parameters) else f"args.{i}"] = value
     return named
+
+
+def _unwrapped(root: Any) -> Any:
+    """The module inside torch.compile's and DDP's wrappers, whose own forward takes anything."""
+    while True:
+        children = root._modules
+        inner = children.get("_orig_mod") or (children.get("module") if len(children) == 1 else None)
+        if inner is None:
+            return root
+        root = inner
 
 
 def batch_records(arguments: Mapping[str, Any], fallback: Mapping[str, Any]) -> list[Record]:

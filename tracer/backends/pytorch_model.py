@@ -168,18 +168,21 @@ def _scales(names: NameMap, prefix: str, layer: LoraLayer) -> Iterator[Record]:
 
 
 def model_facts(models: Sequence[Model]) -> dict[str, object]:
-    """What there is to observe about the models: class, dtypes, layers, LoRA rank and dropout, compiled or not."""
+    """What there is to observe about the models: class, dtypes, autocast, layers, LoRA rank and dropout, compiled or not."""
     roots = [root for model in models if (root := model.root) is not None]
     if not roots:
         return {}
     layers = [layer for root in roots for layer in lora_layers(root)]
     facts: dict[str, object] = {
-        "model.class": _one_or_all(type(_without_wrappers(root)).__name__ for root in roots),
+        "model.class": _one_or_all(class_name(_without_wrappers(root)) for root in roots),
         "model.dtype": _one_or_all(
             sorted({str(p.dtype).removeprefix("torch.") for root in roots for p in root.parameters()})
         ),
         "compiled": any(is_compiled(root) for root in roots),
     }
+    autocast = _autocast(roots[0])
+    if autocast:
+        facts["autocast"] = autocast
     depth = getattr(getattr(_without_wrappers(roots[0]), "config", None), "num_hidden_layers", None)
     if isinstance(depth, int):
         facts["model.layers"] = depth
@@ -187,6 +190,14 @@ def model_facts(models: Sequence[Model]) -> dict[str, object]:
         facts["lora.rank"] = _one_or_all(sorted({rank for layer in layers for rank in layer.ranks}))
         facts["lora.dropout"] = _one_or_all(sorted({p for layer in layers for p in layer.dropouts}))
     return facts
+
+
+def _autocast(root: Any) -> str:
+    """The dtype that the program's own `torch.autocast` computes in here and now; empty outside of one."""
+    import torch
+
+    device = next((p.device.type for p in root.parameters()), "cpu")
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else ""
 
 
 def _one_or_all(values: Iterable[object]) -> object:
@@ -207,6 +218,24 @@ def _without_wrappers(root: Any) -> Any:
         if inner is None or inner is root:
             return root
         root = inner
+
+
+def is_sharded(root: Any) -> bool:
+    """Whether `fully_shard` was applied to a module; it makes a class of its own from the module's."""
+    return any(base.__name__ == "FSDPModule" for base in type(root).__mro__)
+
+
+def is_flattened(root: Any) -> bool:
+    """Whether a model is wrapped by the first FSDP, whose parameters are flattened and cut anywhere."""
+    return root is not None and any(type(module).__name__ == "FullyShardedDataParallel" for module in root.modules())
+
+
+def class_name(root: Any) -> str:
+    """Name of a module's class as its author wrote it."""
+    kind = type(root)
+    if is_sharded(root) and len(kind.__bases__) == 2:
+        kind = kind.__bases__[1]
+    return str(kind.__name__)
 
 
 def is_compiled(root: Any) -> bool:

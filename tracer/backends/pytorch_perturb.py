@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tracer.backends.pytorch_registry import Registry
-from tracer.backends.pytorch_tensors import take
+from tracer.backends.pytorch_tensors import local_part, take
 from tracer.names import NameMap
 from tracer.perturb import Perturbation, nudge
 
@@ -24,13 +24,13 @@ def perturb(registry: Registry, twin: Perturbation, names: NameMap) -> int:
     moved = 0
     with torch.no_grad():
         for name, parameter in _parameters(registry):
-            if twin.seed is None or not twin.moves(trained=parameter.requires_grad):
+            if twin.seed is None or not parameter.is_floating_point():
                 continue
             taken = take(parameter, live=True)
-            if taken.data is None or not parameter.is_floating_point():
+            if taken.data is None or not twin.moves(taken.dtype, trained=parameter.requires_grad):
                 continue
             new = nudge(taken.data, taken.dtype, names(name).name, twin.seed)
-            parameter.data.copy_(_tensor(new, parameter.dtype))
+            local_part(parameter).copy_(_tensor(new, parameter.dtype))
             moved += 1
     return moved
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tracer.backends.pytorch_batch import batch_records, named_arguments, with_targets
-from tracer.backends.pytorch_model import initial_records, model_facts, trainable
+from tracer.backends.pytorch_forward import Forwards, MicroBatch, token_losses
+from tracer.backends.pytorch_micro import MicroGradients
+from tracer.backends.pytorch_model import initial_records, is_flattened, model_facts, trainable
 from tracer.backends.pytorch_optimizer import bias_correction, groups_of, merged, step_records, take_state
 from tracer.backends.pytorch_perturb import perturb
 from tracer.backends.pytorch_registry import Registry
@@ -42,7 +44,7 @@ class _Scaled:
 class _Forward:
     """A forward in eval mode, which was training if a backward follows."""
 
-    batch: list[Record]
+    micro_batch: MicroBatch
     rng: list[Record]
 
 
@@ -59,6 +61,10 @@ class Run:
         self._step = Step()
         self._candidate: _Forward | None = None
         self._scaled: _Scaled | None = None
+        # Factor that a GradScaler multiplied the loss of the backward under way by.
+        self._last_scale = 1.0
+        self._forwards = Forwards(recorder)
+        self._micro_gradients = MicroGradients(recorder)
         # Optimizers that are updating now: the first, and any that it drives.
         self._updating: list[Any] = []
         self._idle_update = False
@@ -83,6 +89,11 @@ class Run:
             return
         import torch
 
+        if any(is_flattened(model.root) for model in self.registry.models):
+            self.recorder.stop(
+                "FullyShardedDataParallel holds flattened parts, which have no names; fully_shard is recorded"
+            )
+            return
         self._perturb()
         self.registry.settled = True
         recorder, names = self.recorder, self.recorder.names
@@ -118,21 +129,37 @@ class Run:
         if training:
             self._start()
         rng = [] if self._step.rng or not self.recorder.wants(Phase.HPARAMS) else rng_records()
-        batch: list[Record] = []
-        if self.recorder.wants(Phase.BATCH):
-            batch = batch_records(named_arguments(module, args, kwargs), self.inputs)
-        self._candidate = None if training else _Forward(batch, rng)
+        micro_batch = self._micro_batch(module, args, kwargs)
+        self._candidate = None if training else _Forward(micro_batch, rng)
         if training:
             self._step.rng = self._step.rng or rng
-            self._step.waiting.append(batch)
+            self._step.waiting.append(micro_batch)
 
-    def cross_entropy(self, target: Any, *, ignored: int, whole: bool) -> None:
+    def _micro_batch(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> MicroBatch:
+        """What a root module is called with; its modules are hooked for this call if their outputs are asked for."""
+        inside = self.recorder.wants(Phase.FORWARD)
+        tokens = self.recorder.options.token_loss and self.recorder.wants(Phase.LOSS)
+        if not (inside or tokens or self.recorder.wants(Phase.BATCH)):
+            return MicroBatch([])
+        batch = batch_records(named_arguments(module, args, kwargs), self.inputs)
+        prefix = next((m.prefix for m in self.registry.models if m.root is module), "")
+        return MicroBatch(batch, self._forwards.begin(module, prefix, batch) if inside else None)
+
+    def cross_entropy(
+        self, original: Callable[..., Any], logits: Any, target: Any, *, ignored: int, whole: bool
+    ) -> None:
         """The program has computed a cross-entropy; it may know labels that the model was not given."""
         if self._candidate is not None:
-            batch = with_targets(self._candidate.batch, target, ignored=ignored, whole=whole)
-            self._candidate = replace(self._candidate, batch=batch)
+            micro_batch = self._candidate.micro_batch
         elif self._step.waiting:
-            self._step.waiting[-1] = with_targets(self._step.waiting[-1], target, ignored=ignored, whole=whole)
+            micro_batch = self._step.waiting[-1]
+        else:
+            return
+        micro_batch.batch = with_targets(micro_batch.batch, target, ignored=ignored, whole=whole)
+        wanted = self.recorder.options.token_loss and self.recorder.wants(Phase.LOSS)
+        if wanted and micro_batch.token_loss is None and len(micro_batch.shape) == 2:
+            rows, length = micro_batch.shape
+            micro_batch.token_loss = token_losses(original, logits, target, ignored, (rows, length))
 
     def scaled(self, outputs: Any, result: Any, scale: float) -> None:
         """A GradScaler has multiplied a loss (or several) by `scale`."""
@@ -153,15 +180,18 @@ class Run:
             # micro-batch without a gradient, and the micro-batches stay.)
             self._step.discard_micro_batches()
         if self._candidate is not None:
-            self._step.waiting = [self._candidate.batch]
+            self._step.waiting = [self._candidate.micro_batch]
             self._step.rng = self._step.rng or self._candidate.rng
             self._candidate = None
         self._step.begin_micro_batch(self._loss(tensors, weights))
+        if self.recorder.options.micro_grads and self.recorder.wants(Phase.GRAD):
+            self._micro_gradients.begin(self.registry.tracked())
         self._backward_under_way = True
 
     def _loss(self, tensors: Any, weights: Any) -> Record:
         scaled, self._scaled = self._scaled, None
-        self._step.scales.add(scaled.scale if scaled else 1.0)
+        self._last_scale = scaled.scale if scaled else 1.0
+        self._step.scales.add(self._last_scale)
         if isinstance(tensors, tuple | list) and len(tensors) == 1:
             tensors = tensors[0]
         if not hasattr(tensors, "element_size") or tensors.numel() != 1 or weights not in (None, (None,), [None]):
@@ -180,8 +210,12 @@ class Run:
         if not under_way:
             return
         if failed:
+            self._micro_gradients.discard()
             self._step.undo_micro_batch()
             return
+        if self.recorder.options.micro_grads and self.recorder.wants(Phase.GRAD):
+            scale = self._last_scale
+            self._step.micro_grads.append(self._micro_gradients.end(self.registry.tracked(), scale))
         if self._updating:
             self._backwards_in_update += 1
         if self._step.stepped:
@@ -287,6 +321,8 @@ class Run:
 
     def finish(self) -> None:
         """End a step that still waited for another optimizer when the run ended."""
+        self._forwards.close()
+        self._micro_gradients.discard()
         if self._step.stepped:
             self._end_step()
 
@@ -297,9 +333,13 @@ class Run:
         recorder.add(Phase.HPARAMS, step.hparams())
         for i, batch in enumerate(step.batch_records()):
             recorder.add(Phase.BATCH, batch, i)
-        for i, loss in enumerate(step.loss_records()):
-            recorder.add(Phase.LOSS, [loss], i)
+        for i, forward in enumerate(step.forwards()):
+            recorder.add(Phase.FORWARD, forward.forward_records(recorder.wants_module), i)
+        for i, losses in enumerate(step.loss_records(tokens=recorder.options.token_loss)):
+            recorder.add(Phase.LOSS, losses, i)
         if recorder.wants(Phase.GRAD):
+            for i, gradients in enumerate(step.micro_gradient_records(recorder.names)):
+                recorder.add(Phase.GRAD, gradients, i)
             recorder.add(Phase.GRAD, step.gradient_records(recorder.names))
         if recorder.wants(Phase.CLIPPED_GRAD):
             with_grad = recorder.wants(Phase.GRAD)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tracer.backends.pytorch_forward import MicroBatch
 from tracer.backends.pytorch_optimizer import Group, group_records, merged, step_records, take_state
 from tracer.backends.pytorch_registry import Named
 from tracer.backends.pytorch_tensors import (
@@ -25,7 +26,7 @@ from tracer.backends.pytorch_tensors import (
     unscaled,
 )
 from tracer.names import NameMap
-from tracer.schema import Phase, Record
+from tracer.schema import TOKEN_LOSS, Phase, Record
 
 
 @dataclass(slots=True)
@@ -35,9 +36,11 @@ class Step:
     tracked: list[Named] = field(default_factory=list)
     rng: list[Record] = field(default_factory=list)
     # Batches whose backward has not begun, and those whose backward has.
-    waiting: list[list[Record]] = field(default_factory=list)
-    batches: list[list[Record]] = field(default_factory=list)
+    waiting: list[MicroBatch] = field(default_factory=list)
+    batches: list[MicroBatch] = field(default_factory=list)
     losses: list[Record] = field(default_factory=list)
+    # Gradient of each backward by id of the parameter, where they are asked for.
+    micro_grads: list[dict[int, Taken]] = field(default_factory=list)
     # Batches before the latest backward.
     before: int = 0
     # Gradients after the latest backward, by id of the parameter; None before the first.
@@ -67,10 +70,11 @@ class Step:
         """The backward raised, and the program goes on without it."""
         del self.batches[self.before :]
         self.losses.pop()
+        del self.micro_grads[len(self.losses) :]
 
     def discard_micro_batches(self) -> None:
         """Forget the micro-batches so far: their gradients were thrown away without an update."""
-        self.batches, self.losses, self.grads = [], [], None
+        self.batches, self.losses, self.micro_grads, self.grads = [], [], [], None
         self.scales, self.norms, self.clip = set(), [], None
 
     def snapshot(self) -> None:
@@ -167,14 +171,29 @@ class Step:
     def _in_order(self) -> list[Named]:
         return [(name, p) for name, p in self.tracked if id(p) in self.updated]
 
-    def batch_records(self) -> list[list[Record]]:
-        """One batch per forward; unrecorded where there was a backward and no forward was seen.
+    def micro_gradient_records(self, names: NameMap) -> list[list[Record]]:
+        """Phase `grad`, one row a micro-batch: what its own backward has added."""
+        return [
+            [record_of(names, name, grads.get(id(p)) or unrecorded_like(p)) for name, p in self.tracked]
+            for grads in self.micro_grads
+        ]
 
-        Where the program computed gradients without a backward, the forwards count all the same.
-        """
-        found = self.batches if self.losses else self.waiting
+    def forwards(self) -> list[MicroBatch]:
+        """The training forwards; where the program computed gradients without a backward they count all the same."""
+        return self.batches if self.losses else self.waiting
+
+    def batch_records(self) -> list[list[Record]]:
+        """One batch per forward; unrecorded where there was a backward and no forward was seen."""
+        found = [forward.batch for forward in self.forwards()]
         return found or [[unrecorded("input_ids", "int64")] for _ in range(max(1, len(self.losses)))]
 
-    def loss_records(self) -> list[Record]:
-        """One loss per micro-batch; a step whose backward was not seen has one that is unrecorded."""
-        return self.losses or [unrecorded("loss")]
+    def loss_records(self, *, tokens: bool) -> list[list[Record]]:
+        """One row per micro-batch; a step whose backward was not seen has a loss that is unrecorded.
+
+        `tokens`: with the loss of each token, where every backward has one forward.
+        """
+        rows = [[loss] for loss in self.losses or [unrecorded("loss")]]
+        forwards = self.forwards()
+        if tokens and len(forwards) == len(rows):
+            return [[forward.token_loss_record(), *row] for forward, row in zip(forwards, rows, strict=True)]
+        return [[unrecorded(TOKEN_LOSS), *row] for row in rows] if tokens else rows

@@ -18,6 +18,7 @@ from tracer.dtypes import BFLOAT16, DTYPES, bf16_to_float32, float32_to_bf16, to
 from tracer.names import NameMap, state_name
 from tracer.recorder import make_record
 from tracer.schema import Record, State
+from tracer.shards import Piece, with_piece
 
 # dtype under which something that cannot be taken is listed.
 _OPAQUE: Final = "uint8"
@@ -32,12 +33,23 @@ class Taken:
     dtype: str
     shape: tuple[int, ...]
     state: State = State.VALUE
+    # Where it lies in the whole, if this process holds a part of a sharded tensor; `shape` is that of the part.
+    piece: Piece | None = None
 
 
 def take(tensor: Any, *, live: bool = False) -> Taken:
-    """A tensor's value.  With `live=True` a CPU tensor's array shares its memory: look at it, don't keep it."""
+    """A tensor's value.  With `live=True` a CPU tensor's array shares its memory: look at it, don't keep it.
+
+    Of a sharded tensor it is this process's part.
+    """
     import torch
 
+    if is_distributed(tensor):
+        piece = piece_held(tensor)
+        if piece is None:
+            return Taken(None, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), State.UNRECORDED)
+        part = take(local_part(tensor), live=live)
+        return part if part.shape == piece.whole else replace(part, piece=piece)
     name = str(tensor.dtype).removeprefix("torch.")
     shape = tuple(int(size) for size in tensor.shape)
     if name not in DTYPES and tensor.element_size() != 1:
@@ -60,7 +72,7 @@ def take_frozen(tensor: Any) -> Taken:
     once for its digest, and a copy of all of them would double a big model.  On a device other than the CPU
     each is fetched when its turn comes, so that one at a time is on the host.
     """
-    if tensor.device.type in ("cpu", "meta"):
+    if tensor.device.type in ("cpu", "meta") or is_distributed(tensor):
         return take(tensor, live=True)
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -84,6 +96,43 @@ class _OnDevice:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         array = _as_numpy(self._tensor, self._name)
         return array if dtype is None else array.astype(dtype)
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is spread over processes (`torch.distributed.tensor.DTensor`)."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Any) -> Any:
+    """This process's part of a distributed tensor, sharing its memory; any other tensor is its own.  Talks to nobody."""
+    import torch
+
+    if not is_distributed(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.detach().to_local()
+
+
+def piece_held(tensor: Any) -> Piece | None:
+    """Where the part that this process holds lies in a distributed tensor.
+
+    None where there is no such box: a sum that is not done yet, a strided shard, a process outside of the mesh.
+    """
+    whole = tuple(int(size) for size in tensor.shape)
+    start, shape = [0] * len(whole), list(whole)
+    mesh, here = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard" or here is None:
+            return None
+        # As torch.chunk cuts it: all parts but the last ones have the same size.
+        size = shape[placement.dim]
+        step = -(-size // mesh.size(axis))
+        first = min(here[axis] * step, size)
+        start[placement.dim] += first
+        shape[placement.dim] = min(step, size - first)
+    return Piece(tuple(start), whole) if tuple(local_part(tensor).shape) == tuple(shape) else None
 
 
 def _as_numpy(tensor: Any, name: str) -> npt.NDArray[Any]:
@@ -138,6 +187,8 @@ def is_share(whole: Taken, part: Taken, count: int) -> bool:
 def record_of(names: NameMap, original: str, taken: Taken, *, kind: str = "", stored: bool = True) -> Record:
     """The record of a tensor under its canonical name; `kind` makes it a state of the optimizer (`exp_avg`)."""
     record = make_record(names, original, taken.data, taken.dtype, shape=taken.shape, state=taken.state, stored=stored)
+    if taken.piece is not None:
+        record = replace(record, transform=with_piece(record.transform, taken.piece))
     if kind:
         return replace(record, name=state_name(record.name, kind), original=state_name(original, kind))
     return record
