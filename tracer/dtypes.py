@@ -47,8 +47,8 @@ def coarser(a: str, b: str) -> str:
 
 def bf16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """Exact value of bfloat16 bits, any shape, as float32."""
-    wide: npt.NDArray[np.float32] = np.left_shift(bits.astype(np.uint32), 16).view(np.float32)
-    return wide
+    wide = np.left_shift(bits.astype(np.uint32), 16).view(np.float32)
+    return np.asarray(wide)  # arithmetic turns arrays without dimensions into scalars
 
 
 def float32_to_bf16(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint16]:
@@ -66,3 +66,10 @@ def to_numpy(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 def to_float64(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
     """Stored array -> float64, exact for every float type."""
     return to_numpy(stored, dtype).astype(np.float64)
+
+
+def from_float64(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
+    """float64 -> stored array of a dtype, rounded to nearest; bfloat16 as bits."""
+    if dtype == BFLOAT16:
+        return float32_to_bf16(np.asarray(values, np.float32))
+    return np.asarray(values).astype(DTYPES[dtype])

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from tracer.place import launch, place
+
 DISTRIBUTIONS: Final = (
     "numpy", "h5py", "torch", "transformers", "peft", "trl", "accelerate", "mlx", "mlx_lm", "unsloth_zoo"
 )  # fmt: skip
@@ -35,7 +37,16 @@ def environment() -> dict[str, Any]:
         "device": _device(),
         "commit": _commit(),
         "argv": scrub(sys.argv),
+        **_rank(),
     }
+
+
+def _rank() -> dict[str, Any]:
+    """Which process of several this is; nothing for one that is alone."""
+    here = place()
+    if here is None:
+        return {}
+    return {"rank": here.rank, "world_size": here.world_size, "launch": launch()}
 
 
 def scrub(arguments: list[str]) -> list[str]:

@@ -62,6 +62,12 @@ class Empty(TraceError):
     slug = "empty"
 
 
+class MissingRank(TraceError):
+    """A distributed run's traces of which one is not there, or that are not of one run."""
+
+    slug = "missing-rank"
+
+
 class BadUsage(TraceError):
     """Options that do not go together, or a value that means nothing."""
 

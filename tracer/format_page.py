@@ -51,6 +51,22 @@ Rows are allocated a few at a time, so tables are longer than what is in them: a
 and its step is among the committed ones.
 """
 
+INSIDE: Final = """\
+## Inside a micro-batch
+
+Recorded only if it is asked for (`--what all`, `--token-loss`, `--micro-grads`):
+
+- `forward` is one row per micro-batch. Its first record, `positions` int64 [n, 2], says which (row, position) of the batch each
+  row of the other records belongs to, ascending: those that can reach the loss (no padding, before the row's last supervised
+  label), or `--forward-rows` of them spread evenly. The others are the outputs of the modules in the order in which they
+  returned, [n, features], in the dtype in which they were computed, under the modules' canonical names: `model.embed_tokens`
+  (what the first layer gets, so after an embedding scale), `model.layers.0.self_attn.q_proj.base_layer` (the frozen projection
+  under LoRA), `….q_proj.lora_delta` (what LoRA adds to it), `….q_proj`, `….self_attn`, `….mlp`, `model.layers.0`, `model.norm`,
+  `lm_head` (the logits). A module that is called again is `name#2`.
+- `token_loss` in `loss`, float32 [B, L], is aligned with `labels`: -log p of the token at t, 0 where that is not supervised.
+- Rows of `grad` with the number of a micro-batch hold what its own backward added to the gradients.
+"""
+
 SEALS: Final = """\
 ## Digests and seals
 
@@ -98,6 +114,7 @@ def page() -> str:
             ],
         )
     )
+    parts.append(INSIDE)
     parts.append(_table("## States", ("code", "state"), [(str(int(s)), f"`{s.label}`") for s in State]))
     parts.append(
         _table(

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import h5py
 
-from tracer.errors import Damaged, NoPermission, NotATrace, NotFound, TraceError
+from tracer.errors import BadUsage, Damaged, NoPermission, NotATrace, NotFound, TraceError
+from tracer.place import rank_files, split_rank
 
 SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 # What to do about damage.
@@ -32,6 +33,38 @@ def damage(path: Path, what: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def find_ranks(path: Path) -> tuple[Path, dict[int, Path]] | None:
+    """The run's name and its ranks' files, if `path` stands for them; None if it is to be opened as a file.
+
+    Raises NotFound (a folder or pattern without any) and BadUsage (several runs).
+    """
+    if path.is_dir():
+        runs = {found[0] for file in path.iterdir() if (found := split_rank(file)) is not None}
+        if not runs:
+            raise NotFound(f"{path} is a folder without traces of ranks", "give the name of a file")
+        return _one_run(path, runs)
+    if path.exists():
+        return None
+    if any(sign in path.name for sign in "*?["):
+        matches = [file for file in path.parent.glob(path.name) if split_rank(file) is not None]
+        runs = {found[0] for file in matches if (found := split_rank(file)) is not None}
+        if not runs:
+            raise NotFound(
+                f"{path} matches no trace of a rank", "traces of ranks are named run.rank0.h5, run.rank1.h5 …"
+            )
+        return _one_run(path, runs)
+    files = rank_files(path)
+    return (path, files) if files else None
+
+
+def _one_run(path: Path, runs: set[Path]) -> tuple[Path, dict[int, Path]]:
+    if len(runs) > 1:
+        names = ", ".join(sorted(run.name for run in runs))
+        raise BadUsage(f"{path} holds the ranks of several runs: {names}", f"name one: {min(runs)}")
+    run = runs.pop()
+    return run, rank_files(run)
 
 
 def check_readable(path: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,11 @@ import xxhash
 from tracer import schema
 from tracer.dtypes import DTYPES
 from tracer.errors import Damaged, Empty, NewerFormat, NotATrace
-from tracer.opening import RERECORD, check_readable, damage, open_hdf5
+from tracer.opening import RERECORD, check_readable, damage, find_ranks, open_hdf5
 from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
+
+if TYPE_CHECKING:
+    from tracer.built import Drift
 
 RowKey = tuple[Phase, int, int]
 
@@ -34,9 +37,16 @@ RowKey = tuple[Phase, int, int]
 def open_trace(path: str | os.PathLike[str]) -> Trace:
     """Open a trace; use it as a context manager, or call `close`.
 
-    Raises NotFound, NoPermission, NotATrace, NewerFormat, Damaged, or Empty (no committed step).
+    `path`: a file; or the files of a run's ranks, as their folder, a pattern (`run.rank*.h5`), or the name that the run was
+    given (`run.h5`).  Raises NotFound, NoPermission, NotATrace, NewerFormat, Damaged, Empty (no committed step), MissingRank,
+    or BadUsage (a folder with several runs).
     """
-    return Trace(Path(path))
+    ranks = find_ranks(Path(path))
+    if ranks is None:
+        return Trace(Path(path))
+    from tracer.ranks import open_ranks
+
+    return open_ranks(*ranks)
 
 
 class Trace:
@@ -75,27 +85,31 @@ class Trace:
         if not 0 < committed <= len(table):
             raise Damaged(f"{self.path} is damaged: its counter says {committed} commits", RERECORD)
         table = table[:committed]
-        self.steps: tuple[int, ...] = tuple(dict.fromkeys(int(step) for step in table["step"]))
-        self._rows = self._find_rows()
-        self._verify_seals(table)
+        self.steps: tuple[int, ...] = tuple(dict.fromkeys(int(step) for step in table["step"] if step >= 0))
+        self._rows: Mapping[RowKey, RowView] = self._find_rows("")
+        again = self._find_rows(f"{schema.AGAIN}/") if schema.AGAIN in self._file else {}
+        self._verify_seals(table, again)
 
-    def _find_rows(self) -> dict[RowKey, RowView]:
+    def _find_rows(self, place: str) -> dict[RowKey, RowView]:
         committed = set(self.steps)
         rows: dict[RowKey, RowView] = {}
         for phase in Phase:
-            for number in self._file.get(phase.label, ()):
-                layout = Layout(self, phase, self._file[f"{phase.label}/{number}"])
+            for number in self._file.get(f"{place}{phase.label}", ()):
+                layout = Layout(self, phase, self._file[f"{place}{phase.label}/{number}"])
                 for position, entry in enumerate(self._table(layout.group[schema.ROWS])):
                     step, micro_batch, seal = int(entry["step"]), int(entry["micro_batch"]), entry["seal"].tobytes()
                     if step in committed and any(seal):
                         rows[phase, step, micro_batch] = RowView(layout, position, step, micro_batch, seal)
         return rows
 
-    def _verify_seals(self, table: npt.NDArray[Any]) -> None:
-        # A step is committed without its `eval` rows; those, if there are any, are a commit of their own.
+    def _verify_seals(self, table: npt.NDArray[Any], again: Mapping[RowKey, RowView]) -> None:
+        # A step is committed without its `eval` rows; those, if there are any, are a commit of their own.  So are rows that
+        # were written again.
         seals: dict[tuple[int, bool], list[bytes]] = {}
-        for phase, step, micro_batch in sorted(self._rows, key=lambda key: (key[0], key[2])):
-            seals.setdefault((step, phase is Phase.EVAL), []).append(self._rows[phase, step, micro_batch].seal)
+        for sign, rows in ((1, self._rows), (-1, again)):
+            for phase, step, micro_batch in sorted(rows, key=lambda key: (key[0], key[2])):
+                key = (sign * step, phase is Phase.EVAL)
+                seals.setdefault(key, []).append(rows[phase, step, micro_batch].seal)
         seal, seen = b"", set()
         for entry in table:
             step = int(entry["step"])
@@ -103,9 +117,10 @@ class Trace:
             seen.add(step)
             if seal != entry["seal"].tobytes():
                 raise Damaged(f"{self.path} is damaged: the seal of step {step} does not fit its rows", RERECORD)
-        # An `eval` row without its commit was being written when the run was cut off.
+        # An `eval` row, or one that was written again, without its commit was being written when the run was cut off.
         for step, _ in seals:
             self._rows = {key: row for key, row in self._rows.items() if key[:2] != (Phase.EVAL, step)}
+        self._rows = {**self._rows, **{key: row for key, row in again.items() if -key[1] in seen}}
         end = self.end
         if end.get("finished") and end.get("commits") != len(table):
             raise Damaged(f"{self.path} is damaged: it ended after {end.get('commits')} commits", RERECORD)
@@ -141,11 +156,16 @@ class Trace:
         """False if the run or the recording was cut off: the steps that are here are whole, the rest is missing."""
         return bool(self.end.get("finished"))
 
-    @cached_property
+    @property
     def fingerprint(self) -> bool:
-        """Whether tensors were replaced by sketches of them (`trace shrink`)."""
+        """Whether tensors were replaced by sketches of them, at some steps at least (`trace shrink`, long runs)."""
+        return bool(self.sketched_steps)
+
+    @cached_property
+    def sketched_steps(self) -> tuple[int, ...]:
+        """The steps at which sketches are kept in place of tensors, ascending."""
         with damage(self.path, "its tables cannot be read"):
-            return any(schema.SKETCH in row.layout.group for row in self._rows.values())
+            return tuple(sorted({row.step for row in self._rows.values() if schema.SKETCH in row.layout.group}))
 
     @property
     def last_step(self) -> int:
@@ -156,6 +176,22 @@ class Trace:
     def phases(self) -> tuple[Phase, ...]:
         """The phases that have at least one row, in causal order."""
         return tuple(sorted({phase for phase, _, _ in self._rows}))
+
+    @property
+    def size(self) -> int:
+        """Length of the file in bytes; of ranks, of all their files."""
+        return self._size
+
+    @property
+    def parts(self) -> tuple[Trace, ...]:
+        """The files that this trace is read from: itself, or one a rank."""
+        return (self,)
+
+    def drifts(self) -> Iterator[tuple[RowView, Drift]]:
+        """Every record that ranks hold differently and should not, in causal order; nothing in the trace of one process."""
+        for row in self.rows():
+            for drift in row.drifts:
+                yield row, drift
 
     @property
     def bytes_read(self) -> int:
@@ -307,6 +343,8 @@ class RowView:
         self.step = step
         self.micro_batch = micro_batch
         self.seal = seal
+        # Records that ranks hold differently; in one file there are none.
+        self.drifts: tuple[Drift, ...] = ()
         self._position = position
 
     @cached_property
@@ -361,6 +399,10 @@ class RowView:
             row, position = self.target(i)
             return row.stored(position)
         return entry.stored
+
+    def exact_digest(self, i: int) -> bool:  # noqa: ARG002 - a row that ranks hold parts of answers by record
+        """Whether the digest of record `i` is that of its tensor."""
+        return True
 
     def read(self, i: int) -> npt.NDArray[Any]:
         """Tensor of record `i`: stored dtype (bfloat16 as uint16 bits), canonical shape, read-only.

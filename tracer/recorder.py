@@ -23,9 +23,12 @@ import numpy.typing as npt
 
 from tracer.environment import environment
 from tracer.errors import BadUsage, NothingRecorded, TraceError
-from tracer.names import NameMap, Rule
+from tracer.names import NameMap, Rule, is_usual_module
 from tracer.perturb import Perturbation
-from tracer.schema import WHOLE_STEP, Phase, Record, Row, State
+from tracer.place import place
+from tracer.schema import POSITIONS, WHOLE_STEP, Phase, Record, Row, State
+from tracer.size import estimate
+from tracer.thinning import LongRun, Thinner
 from tracer.writer import TraceWriter
 
 # Steps that may wait for the disk; one more makes the run wait, so that memory stays bounded.
@@ -33,6 +36,9 @@ QUEUE_STEPS: Final = 4
 
 # Why a trace ends that was ended by Ctrl-C.
 INTERRUPTED: Final = "interrupted"
+
+# Positions of a micro-batch whose module outputs are kept, unless --forward-rows says otherwise.
+FORWARD_ROWS: Final = 64
 
 # Recorded unless --what says otherwise; `forward` costs as much as the model and is asked for by name.
 DEFAULT_PHASES: Final = frozenset(phase for phase in Phase if phase is not Phase.FORWARD)
@@ -44,6 +50,11 @@ class RecordOptions:
 
     `what`: phases.  `steps`: first and last step, inclusive; step 0 is always recorded.  `only`, `omit`: globs over
     canonical names.  `names`: renaming rules that come before the built-in ones.  `durable`: fsync every step.
+    `modules`: globs over canonical module names, for phase `forward` (none: all of the usual kinds).  `forward_rows`: positions
+    of a micro-batch whose outputs are kept.  `micro_grads`, `token_loss`: also the gradient of each micro-batch, and the
+    loss of each token.
+    `long`: which steps of a long run keep their tensors.  `announce`: say on stderr, before the first step, what the trace will
+    take.
     `twin`: what makes this run the twin of another; without it nothing of the run is ever changed.
     """
 
@@ -56,6 +67,12 @@ class RecordOptions:
     overwrite: bool = False
     durable: bool = False
     twin: Perturbation | None = None
+    modules: tuple[str, ...] = ()
+    forward_rows: int = FORWARD_ROWS
+    micro_grads: bool = False
+    token_loss: bool = False
+    long: LongRun = field(default_factory=LongRun)
+    announce: bool = False
 
 
 class Recorder:
@@ -67,15 +84,21 @@ class Recorder:
         self.names = NameMap(self.options.names)
         self.step = 0
         self.failure = ""
+        self._cut_off = ""
         self._pid = os.getpid()
         self._rows: dict[tuple[Phase, int], list[Record]] = {}
         self._logged: dict[str, Record] = {}
         self._last_put = -1
         self._observed: dict[str, Any] = {} if self.options.twin is None else self.options.twin.facts()
         self._declared: dict[str, Any] = dict(self.options.declared)
+        options = self.options
         self._writer = _WriterThread(
-            TraceWriter(path, env={}, declared={}, overwrite=self.options.overwrite, durable=self.options.durable)
-        )
+            TraceWriter(
+                path, env={}, declared={}, overwrite=options.overwrite, durable=options.durable,
+                max_bytes=options.long.max_bytes,
+            ),
+            options.long,
+        )  # fmt: skip
         self._closed = False
 
     @property
@@ -92,6 +115,12 @@ class Recorder:
         """Whether records of this phase are wanted at the current step; ask before copying anything."""
         return self.active and phase in self.options.what and self._wants_step()
 
+    def wants_module(self, name: str) -> bool:
+        """Whether the output of the module of this canonical name belongs into phase `forward`."""
+        globs = self.options.modules
+        asked = any(fnmatch.fnmatchcase(name, glob) for glob in globs) if globs else is_usual_module(name)
+        return asked and self._wants_name(name)
+
     def declare(self, settings: Mapping[str, Any]) -> None:
         """Add declared settings, by dotted key."""
         self._declared.update(settings)
@@ -103,7 +132,12 @@ class Recorder:
     def add(self, phase: Phase, records: Iterable[Record], micro_batch: int = WHOLE_STEP) -> None:
         """Add records to the current step.  Their arrays must not change any more."""
         if self.wants(phase):
-            kept = [record for record in records if self._wants_name(record.name)]
+            # Rows of `forward` say nothing without their positions.
+            kept = [
+                record
+                for record in records
+                if self._wants_name(record.name) or (phase is Phase.FORWARD and record.name == POSITIONS)
+            ]
             self._rows.setdefault((phase, micro_batch), []).extend(kept)
 
     def log(self, name: str, value: Any) -> None:
@@ -124,6 +158,8 @@ class Recorder:
         self._flush_logged()
         rows = self._rows
         self._rows = {}
+        if self.step == 0 and self.options.announce and self.active:
+            self._announce(rows)
         if self.active and self._wants_step():
             observed = dict(self._observed) if self.step else None
             self._writer.put(_Step(self.step, _rows(self.step, rows), dict(self._declared), observed))
@@ -131,6 +167,12 @@ class Recorder:
             if self._writer.failure:
                 self._fail(self._writer.failure)
         self.step += 1
+
+    def _announce(self, rows: Mapping[tuple[Phase, int], list[Record]]) -> None:
+        start = rows.get((Phase.INIT, WHOLE_STEP), [])
+        size = estimate(start, self.options.what, self.options.steps, self._declared, self._observed)
+        said = size.sentence(self.options.long.full_steps)
+        print(f"trace: recording {self.path.name}: {said}", file=sys.stderr, flush=True)
 
     def _flush_logged(self) -> None:
         """Hand over what was logged since the last step; before step 0 is complete it waits."""
@@ -162,24 +204,25 @@ class Recorder:
         """Stop recording; the run goes on and the file keeps what it has."""
         self._fail(reason)
 
-    def interrupt(self) -> None:
-        """Note that the run was interrupted: the file says that it is unfinished.  Prints nothing."""
-        self._flush_logged()
-        self.failure = self.failure or INTERRUPTED
+    def cut_off(self, reason: str) -> None:
+        """Note that the run did not end well: once closed, the file says that it is unfinished, and why."""
+        self._cut_off = reason
 
-    def close(self) -> None:
-        """Finish the file.  Raises NothingRecorded if the run made no optimizer step; safe to call twice."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Finish the file.  Raises NothingRecorded if the run made no optimizer step; safe to call twice.
+
+        `error`: what the run ended with; the file then says that it is unfinished.
+        """
         if self._closed or os.getpid() != self._pid:
             return
-        error = sys.exc_info()[0]
-        if error is not None and issubclass(error, KeyboardInterrupt):
-            self.interrupt()
+        reason = self._cut_off if error is None else _why(error)
         self._flush_logged()
         self._closed = True
-        failure = self._writer.close(self.failure)
+        failure = self._writer.close(self.failure or reason)
+        self._last_put = min(self._last_put, self._writer.last_step)
         if failure and not self.failure:
             self._fail(failure)
-        if not self.steps_recorded and not self.failure and error is None:
+        if not self.steps_recorded and not self.failure and error is None and reason != INTERRUPTED:
             raise NothingRecorded(
                 f"{self.path.name}: the program ended without an optimizer step that could be seen",
                 "a step compiled before recording began, or run in another process, cannot be recorded",
@@ -204,6 +247,11 @@ class Recorder:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _why(error: BaseException) -> str:
+    """Why a run ended that left the recording by an exception."""
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"the run ended with {type(error).__name__}"
 
 
 def make_record(names: NameMap, original: str, array: npt.NDArray[Any] | None, dtype: str, **fields: Any) -> Record:
@@ -258,9 +306,10 @@ class _Step:
 class _WriterThread:
     """Owns the file.  Takes steps from a bounded queue; after a failure it keeps emptying the queue."""
 
-    def __init__(self, writer: TraceWriter) -> None:
+    def __init__(self, writer: TraceWriter, long: LongRun) -> None:
         self.failure = ""
         self._writer = writer
+        self._thinner = Thinner(writer, long)
         self._queue: queue.Queue[_Step | None] = queue.Queue(QUEUE_STEPS)
         # A daemon, so that a run that dies without closing us does not hang; committed steps are safe anyway.
         self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
@@ -269,6 +318,11 @@ class _WriterThread:
     def put(self, step: _Step) -> None:
         """Hand a step over; waits while the queue is full."""
         self._queue.put(step)
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last step that is in the file."""
+        return self._writer.last_step
 
     def close(self, reason: str) -> str:
         """Write what is queued, finish the file; returns why writing failed, or an empty string."""
@@ -286,7 +340,7 @@ class _WriterThread:
                 if self._writer.commits == 0:
                     self._writer.document("env", environment())
                     self._writer.document("declared", step.declared)
-                self._writer.write_step(step.number, step.rows, step.observed)
+                self._thinner.write_step(step.number, step.rows, step.observed)
             except TraceError as error:
                 self.failure = str(error)
             except Exception as error:  # noqa: BLE001 - a thread has nobody above it
@@ -309,13 +363,19 @@ def recording(path: str | os.PathLike[str], **options: Any) -> Iterator[Recorder
 
     if _current is not None:
         raise BadUsage(f"{_current.path.name} is being recorded already", "one recording at a time in a process")
-    recorder = Recorder(path, RecordOptions(**options))
+    here = place()
+    recorder = Recorder(path if here is None else here.file(path), RecordOptions(**options))
     backends = Backends(recorder)
     _current = recorder
+    ended_by: BaseException | None = None
     try:
         backends.install()
         yield recorder
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) and not error.code):
+            ended_by = error
+        raise
     finally:
         _current = None
         backends.uninstall()
-        recorder.close()
+        recorder.close(ended_by)

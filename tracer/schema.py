@@ -21,6 +21,9 @@ Layout of the HDF5 file, default file version, no filters on data:
     /<phase>/<k>/sketch   float32[R, 61 m]  in a fingerprint: a random projection of each of m records, instead of them
     /<phase>/<k>/sketch_digest  V16[R, 1]   xxh3_128 of a row's sketches and statistics, which its seal does not cover
 
+    /again/<phase>/<k>/   as above          rows of earlier steps that were written again with their tensors, in place of the
+                                            first ones; their commit's entry in /steps has the step negated
+
 A phase gets a new layout when the set of its records, or a shape or dtype, changes.
 
 A *fingerprint* is a trace whose large tensors were replaced by projections (`trace shrink`): such a record's `dataset` is
@@ -48,6 +51,7 @@ FORMAT: Final = 1
 COMMITTED: Final = "committed"
 STEPS: Final = "steps"
 META: Final = "meta"
+AGAIN: Final = "again"
 INDEX: Final = "index"
 ROWS: Final = "rows"
 DIGEST: Final = "digest"
@@ -88,7 +92,11 @@ INDEX_FIELDS: Final = (
     ),
     ("offset", "first element in that dataset's row"),
     ("original", "the framework's own name"),
-    ("transform", "how the framework's layout became the canonical one: empty, or `T` (transposed)"),
+    (
+        "transform",
+        "how the framework's layout became the canonical one: empty, or `T` (transposed); where a rank holds a part of it, then "
+        "`shard 16/64,0/32`, per dimension the first element and the size of the whole",
+    ),
     ("alias_of", "`phase/name` that holds the same bytes at the same step; empty if none"),
 )
 
@@ -137,6 +145,11 @@ class State(enum.IntEnum):
         """Word in a report."""
         return self.name.lower()
 
+
+# First record of a row of `forward`, int64[n, 2]: (row, position) in the batch of each row of the other records, ascending.
+POSITIONS: Final = "positions"
+# Loss of each token, float32[B, L], aligned with `labels`; 0 where a position is not supervised.
+TOKEN_LOSS: Final = "token_loss"
 
 # Records under these prefixes are shown, never judged: they have no counterpart in another framework.
 RNG_PREFIX: Final = "rng."

@@ -1,13 +1,16 @@
 """`trace check`: read every byte of a trace and say what does not match, and what was lost.
 
-Verifies the seals, every index, document, digest and statistic.  Exit code 0: whole and finished; 2: not.
+Verifies the seals, every index, document, digest and statistic.  A run of several ranks is also checked for
+replicas that drift: records that all ranks should hold alike.  Exit code 0: whole and finished; 2: not.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import click
 import numpy as np
@@ -16,6 +19,9 @@ from tracer.errors import Damaged
 from tracer.packing import statistics
 from tracer.reader import RowView, Trace, open_trace
 from tracer.schema import DOCUMENTS, State
+
+# Records that drift are listed up to this many.
+MOST_DRIFTS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +41,25 @@ def check(file: Path) -> int:
     trace check run.h5
     """
     with open_trace(file) as trace:
-        result = check_trace(trace)
+        checked = [check_trace(part) for part in trace.parts]
+        problems = tuple(problem for one in checked for problem in one.problems)
+        result = Checked(problems, sum(one.records for one in checked))
         steps = f"steps {trace.steps[0]}–{trace.last_step}"
         for problem in result.problems:
             click.echo(f"  {problem}")
         if result.problems:
             click.echo(
                 f"DAMAGED  {file}: {len(result.problems)} problems; {steps} are listed, {result.records} records are good"
+            )
+            return 2
+        drifts = list(itertools.islice(trace.drifts(), MOST_DRIFTS + 1))
+        if drifts:
+            for row, drift in drifts[:MOST_DRIFTS]:
+                click.echo(f"  {row.address()}, {drift.name}: rank {drift.rank} differs from rank 0")
+            more = "more than " * (len(drifts) > MOST_DRIFTS)
+            count = min(len(drifts), MOST_DRIFTS)
+            click.echo(
+                f"DRIFTED  {file}: ranks hold different values from {drifts[0][0].address()} on, in {more}{count} records"
             )
             return 2
         if not trace.finished:

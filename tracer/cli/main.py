@@ -25,10 +25,15 @@ COMMANDS: Final = {
     "calibrate": ("differ.calibrate_command:calibrate", "Fit tolerances to the noise of a run and its twins."),
     "show": ("tracer.cli.show:show", "What is in a trace: steps, records, statistics, values."),
     "check": ("tracer.cli.check:check", "Is a trace whole; what was lost."),
+    "verify": ("scenarios.reference.command:verify", "Does every step follow from its inputs, recomputed in torch."),
     "shrink": ("tracer.cli.shrink:shrink", "Make a fingerprint of a trace, small enough for git."),
     "export": ("tracer.cli.export:export", "TensorBoard scalars of a trace, or the tensors of a step."),
     "gate": ("differ.gate_command:gate", "Run and compare the baselines in [tool.trace.gate.*]."),
+    "bisect": ("scenarios.bisect.command:bisect", "Find the settings that make one run diverge from another."),
+    "sweep": ("scenarios.sweep.command:sweep", "Run settings times seeds, and say how often each agrees."),
+    "paths": ("scenarios.paths_command:paths", "Which training paths work here, and what the others need."),
     "selftest": ("scenarios.selftest:selftest", "Is a recorded run bit-identical to an unrecorded one, here?"),
+    "scenarios": ("scenarios.scenarios_command:scenarios", "Known divergences, each as a runnable pair."),
 }
 
 EXIT_NO_ANSWER: Final = 2

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
+from tracer.recorder import FORWARD_ROWS
 from tracer.schema import Phase
+from tracer.size import parse_bytes
+from tracer.thinning import LongRun
+
+# Every phase, in place of a list.
+ALL: Final = "all"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,8 +39,21 @@ class Steps(click.ParamType[Any]):
         return low, high
 
 
+class Size(click.ParamType[Any]):
+    """`2GB`, `500MB` or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        try:
+            return parse_bytes(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a size (500MB, 2GB, 1048576)", param, ctx)
+
+
 class Phases(click.ParamType[Any]):
-    """`grad,param`: names of phases."""
+    """`grad,param`: names of phases; `all` for every one."""
 
     name = "phases"
 
@@ -42,6 +61,8 @@ class Phases(click.ParamType[Any]):
         """The set of phases."""
         if isinstance(value, frozenset):
             return value
+        if value == ALL:
+            return frozenset(Phase)
         try:
             return frozenset(Phase.parse(label.strip()) for label in str(value).split(","))
         except KeyError as error:
@@ -71,3 +92,58 @@ def narrowing(command: F) -> F:
     return click.option("--steps", type=Steps(), help="Take only these steps: 3, 1:5, :5, 4: (both ends included).")(
         command
     )
+
+
+def inside_of_the_model(command: F) -> F:
+    """--modules, --forward-rows, --micro-grads, --token-loss."""
+    command = click.option("--token-loss", is_flag=True, help="Also record the loss of every token.")(command)
+    command = click.option("--micro-grads", is_flag=True, help="Also record the gradient of every micro-batch.")(
+        command
+    )
+    command = click.option(
+        "--forward-rows",
+        type=click.IntRange(1),
+        default=FORWARD_ROWS,
+        show_default=True,
+        metavar="N",
+        help="With phase forward: outputs at this many positions of a micro-batch.",
+    )(command)
+    return click.option(
+        "--modules",
+        multiple=True,
+        metavar="GLOB",
+        help="With phase forward: only modules whose canonical name matches.",
+    )(command)
+
+
+def long_runs(command: F) -> F:
+    """--full-steps, --around, --spike, --max-size."""
+    plain = LongRun()
+    command = click.option(
+        "--max-size",
+        type=Size(),
+        metavar="SIZE",
+        help="The trace may have this size (2GB): steps are thinned when little is left, then recording stops.",
+    )(command)
+    command = click.option(
+        "--spike",
+        type=click.FloatRange(1.0, min_open=True),
+        default=plain.spike,
+        show_default=True,
+        metavar="X",
+        help="A loss above X times the median of the last 32 is an anomaly; so is nan or inf.",
+    )(command)
+    command = click.option(
+        "--around",
+        type=click.IntRange(0),
+        default=plain.around,
+        show_default=True,
+        metavar="N",
+        help="Thinned runs keep the tensors of N steps before and after an anomaly.",
+    )(command)
+    return click.option(
+        "--full-steps",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Keep tensors for the first N steps, statistics and sketches after them.",
+    )(command)

@@ -22,13 +22,21 @@ from typing import Any, Final
 
 import click
 
-from tracer.cli.options import Phases, narrowing
+from tracer.children import children_recorded
+from tracer.cli.options import Phases, inside_of_the_model, long_runs, narrowing
+from tracer.cli.ranks import ranks_recorded
 from tracer.cli.twin import Kinds, TwinOptions, record_twins
 from tracer.errors import BadUsage, NotFound, NothingRecorded
+from tracer.interpreters import find, lent
 from tracer.perturb import Perturbation
-from tracer.recorder import DEFAULT_PHASES, recording
+from tracer.recorder import DEFAULT_PHASES, FORWARD_ROWS, INTERRUPTED, recording
+from tracer.schema import Phase
+from tracer.size import human_bytes
+from tracer.thinning import LongRun
 
 EXIT_INTERRUPTED: Final = 130
+# The program that runs a built-in path, by name: nothing here may import it.
+BUILT_IN: Final = ("-m", "scenarios.run")
 # How long a program of its own process may take to end after Ctrl-C before it is told by us, seconds.  In a terminal it
 # was told when we were.
 GRACE: Final = 2.0
@@ -39,12 +47,15 @@ _PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The trace to write."
 )
-@click.option("--what", type=Phases(), help="Phases to record, with commas (default: all but forward).")
+@click.option("--what", type=Phases(), help="Phases to record, with commas, or all (default: all but forward).")
 @narrowing
+@inside_of_the_model
+@long_runs
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option("--durable", is_flag=True, help="fsync after every step: safe against power loss, slower.")
 @click.option("--fingerprint", is_flag=True, help="Keep sketches in place of tensors: small, for a baseline in git.")
 @click.option("--path", "path_name", metavar="NAME", help="Run a built-in training path instead of a program.")
+@click.option("--python", metavar="PYTHON", help="With --path: run it under the interpreter of another environment.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings of --path, as TOML.")
 @click.option("--model", metavar="NAME", help="With --path: a tiny model, a local folder, or a hub id.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="With --path: change one setting.")
@@ -65,7 +76,9 @@ _PYTHON: Final = re.compile(r"python(\d+(\.\d+)?)?(\.exe)?$")
     help="What the twin changes: rounding (default), threads, eager (repeatable, or with commas).",
 )
 @click.option("--twins", type=click.IntRange(1), metavar="N", help="Make N rounding twins, each with its own seed.")
-@click.option("--perturb-base", is_flag=True, help="Rounding twins move the frozen weights too.")
+@click.option(
+    "--perturb-base", is_flag=True, help="Rounding twins move frozen float32 weights too (16-bit ones always)."
+)
 @click.option("--as-twin", metavar="KIND", hidden=True, help="This run is the twin of another.")
 @click.option(
     "--perturb", type=click.IntRange(0), metavar="SEED", hidden=True, help="Move the start by one rounding unit."
@@ -77,19 +90,23 @@ def record(output: Path, path_name: str | None, program: tuple[str, ...], **opti
     \b
     trace record -o run.h5 -- python train.py --lr 1e-4
     trace record -o run.h5 -- -m mlx_lm lora --config lora.yaml
+    trace record -o run.h5 -- torchrun --nproc-per-node 2 train.py
     trace record -o run.h5 --path mlx-lm --config run.toml
     trace record --twin -o run.h5 -- python train.py
 
     The program is not changed, and neither is a bit of what it computes.  Ends with the program's exit code, or 2 if it made
     no optimizer step that could be seen.
     """
+    _check_phases(options)
     twins = _twin_options(options)
-    path_only = {name: options.pop(name) for name in ("config", "model", "settings", "init_from", "batches_from")}
+    of_paths = ("config", "model", "settings", "init_from", "batches_from", "python")
+    path_only = {name: options.pop(name) for name in of_paths}
     if path_name is not None:
         if program:
             raise BadUsage("--path and a program were given", "one of them")
-        program = ("-m", "scenarios.run", path_name, *_path_arguments(path_only))
-        return _in_processes(sys.executable, output, options, program, twins)
+        program = (*BUILT_IN, path_name, *_path_arguments(path_only))
+        other = path_only["python"]
+        return _in_processes(str(find(other)) if other else sys.executable, output, options, program, twins)
     given = [f"--{name.replace('_', '-')}" for name, value in path_only.items() if value]
     if given:
         raise BadUsage(f"{', '.join(given)} needs --path", "a program of your own reads its own settings")
@@ -101,6 +118,17 @@ def record(output: Path, path_name: str | None, program: tuple[str, ...], **opti
         interpreter = python if elsewhere and python is not None else sys.executable
         return _in_processes(interpreter, output, options, program, twins)
     return _record_here(output, options, program)
+
+
+def _check_phases(options: Mapping[str, Any]) -> None:
+    """Refuse a detail of a phase that is not recorded.  Raises BadUsage."""
+    what = options["what"] or DEFAULT_PHASES
+    for option, phase in (("modules", Phase.FORWARD), ("micro_grads", Phase.GRAD), ("token_loss", Phase.LOSS)):
+        if options[option] and phase not in what:
+            raise BadUsage(
+                f"--{option.replace('_', '-')} needs phase {phase.label}",
+                f"give --what all, or a list with {phase.label}",
+            )
 
 
 def _twin_options(options: dict[str, Any]) -> TwinOptions | None:
@@ -137,34 +165,47 @@ def _in_processes(
 def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]) -> int:
     start = _find_program(program)
     code = 0
+    how = _how(options)
     try:
-        with recording(
-            output,
-            what=options["what"] or DEFAULT_PHASES,
-            steps=options["steps"],
-            only=options["only"],
-            omit=options["omit"],
-            names=_user_names(),
-            overwrite=options["force"],
-            durable=options["durable"],
-            twin=options["twin"],
-        ) as recorder:
+        with children_recorded(output, how), recording(output, **how) as recorder:
             code = _exit_code(start)
-            if code == EXIT_INTERRUPTED:
-                recorder.interrupt()
+            if code:
+                recorder.cut_off(
+                    INTERRUPTED if code == EXIT_INTERRUPTED else f"the program ended with exit code {code}"
+                )
         sys.stdout.flush()
     except NothingRecorded as error:
+        if ranks_recorded(output, fingerprint=options["fingerprint"]):
+            return code
         if code == 0:
             raise
-        # The program failed before it could train: its own exit code says more than ours.
-        print(f"trace: {error.line()}", file=sys.stderr)
+        # The program failed before it could train: its own exit code says more than ours, and a built-in path its own error.
+        if program[:2] != BUILT_IN:
+            print(f"trace: {error.line()}", file=sys.stderr)
         return code
     if options["fingerprint"] and recorder.steps_recorded:
         from tracer.shrink import shrink_in_place
 
         shrink_in_place(recorder.path)
-    _report(recorder.path, recorder.steps_recorded, interrupted=code == EXIT_INTERRUPTED)
+    _report(recorder.path, recorder.steps_recorded, code)
     return code
+
+
+def _how(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the command as those of `tracer.record`."""
+    same = ("steps", "only", "omit", "durable", "twin", "modules", "forward_rows", "micro_grads", "token_loss")
+    return {
+        "what": options["what"] or DEFAULT_PHASES,
+        "names": _user_names(),
+        "overwrite": options["force"],
+        "long": _long_run(options),
+        "announce": True,
+        **{name: options[name] for name in same},
+    }
+
+
+def _long_run(options: Mapping[str, Any]) -> LongRun:
+    return LongRun(options["full_steps"], options["around"], options["spike"], options["max_size"])
 
 
 def _user_names() -> Any:
@@ -203,17 +244,23 @@ def _in_process_of_its_own(
         command += ["--what", ",".join(phase.label for phase in sorted(options["what"]))]
     if options["steps"]:
         command += ["--steps", ":".join(map(str, options["steps"]))]
-    for name in ("only", "omit"):
+    for name in ("only", "omit", "modules"):
         for glob in options[name]:
             command += [f"--{name}", glob]
-    command += [f"--{flag}" for flag in ("force", "durable", "fingerprint") if options[flag]]
+    if options["forward_rows"] != FORWARD_ROWS:
+        command += ["--forward-rows", str(options["forward_rows"])]
+    for name in ("full_steps", "around", "spike", "max_size"):
+        if options[name] is not None:
+            command += [f"--{name.replace('_', '-')}", str(options[name])]
+    flags = ("force", "durable", "fingerprint", "micro_grads", "token_loss")
+    command += [f"--{flag.replace('_', '-')}" for flag in flags if options[flag]]
     twin: Perturbation | None = options["twin"]
     if twin is not None:
         command += ["--as-twin", twin.by, *(["--perturb", str(twin.seed)] if twin.seed is not None else [])]
         command += ["--perturb-base"] * twin.base
-    if python != sys.executable and subprocess.run([python, "-c", "import tracer"], capture_output=True).returncode:
-        raise BadUsage(f"{python} cannot import the recorder", f"{python} -m pip install steptrace")
-    return _shell_code(_wait(subprocess.Popen([*command, "--", *program], env={**os.environ, **environment})))
+    with lent(python) as ours:
+        given = {**os.environ, **environment, **ours}
+        return _shell_code(_wait(subprocess.Popen([*command, "--", *program], env=given)))
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -269,7 +316,8 @@ def _find_program(program: tuple[str, ...]) -> Callable[[], object]:
         raise BadUsage(f"the interpreter option {first} is not supported", "set it through PYTHON* variables")
     script = Path(first)
     if not script.exists():
-        found = shutil.which(first)
+        # A console script of the environment that we run in is found without that being activated.
+        found = shutil.which(first) or shutil.which(first, path=str(Path(sys.executable).parent))
         if found is None:
             raise NotFound(f"{first} was not found", "give a Python script, -m module, or a Python console command")
         script = Path(found)
@@ -325,16 +373,8 @@ def _own_frames(at: TracebackType | None) -> TracebackType | None:
     return at
 
 
-def _report(path: Path, steps: int, *, interrupted: bool) -> None:
+def _report(path: Path, steps: int, code: int) -> None:
     size = human_bytes(os.path.getsize(path))
-    begun, end = ("interrupted, ", ", unfinished") if interrupted else ("", "")
+    begun = "interrupted, " if code == EXIT_INTERRUPTED else ""
+    end = ", unfinished" if code else ""
     print(f"trace: {begun}wrote {path}: {steps} step{'s' * (steps != 1)}, {size}{end}", file=sys.stderr)
-
-
-def human_bytes(count: float) -> str:
-    """`12.3 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

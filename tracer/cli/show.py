@@ -9,18 +9,22 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import numpy as np
 
 from tracer.cli.completion import complete_name, complete_phase, complete_step
-from tracer.cli.record import human_bytes
 from tracer.dtypes import to_numpy
 from tracer.errors import BadUsage
 from tracer.names import nearest
 from tracer.reader import RowView, Trace, open_trace
-from tracer.schema import SKETCH_BUCKETS, STATS, WHOLE_STEP, Phase, State
+from tracer.schema import POSITIONS, SKETCH_BUCKETS, STATS, WHOLE_STEP, Phase, State
+from tracer.shards import piece_of, without_piece
+from tracer.size import human_bytes
+
+# Of a module's output, so many of the positions that its rows are at are listed.
+SHOWN_PLACES: Final = 12
 
 
 @click.command()
@@ -67,8 +71,12 @@ def _rows(trace: Trace, step: int, label: str) -> list[RowView]:
 
 def _overview(trace: Trace) -> Iterator[str]:
     end = "finished" if trace.finished else f"UNFINISHED: {trace.end.get('reason') or 'cut off'}"
-    yield f"{trace.path}: {human_bytes(trace.path.stat().st_size)}, format {trace.format}, written by {trace.tool}"
+    yield f"{trace.path}: {human_bytes(trace.size)}, format {trace.format}, written by {trace.tool}"
     yield f"steps  {_ranges(trace.steps)}, {end}"
+    thinned = trace.sketched_steps
+    if thinned and len(thinned) < len(trace.steps) - 1:
+        held = tuple(step for step in trace.steps if step not in thinned)
+        yield f"       tensors at {_ranges(held)}; digests, statistics and sketches at the others"
     yield ""
     yield f"{'phase':<14}{'rows':>6}{'records':>9}{'a row':>10}  states at its last step"
     for phase in trace.phases:
@@ -99,8 +107,13 @@ def _step(trace: Trace, step: int) -> Iterator[str]:
             stats = row.stats
             micro = "" if row.micro_batch == WHOLE_STEP else str(row.micro_batch)
             alias = sum(1 for entry in row.layout.entries if entry.alias_of)
-            turned = sum(1 for entry in row.layout.entries if entry.transform)
-            notes = [f"{turned} transposed"] * (turned > 0) + [f"{alias} by reference"] * (alias > 0)
+            turned = sum(1 for entry in row.layout.entries if without_piece(entry.transform))
+            sharded = sum(1 for entry in row.layout.entries if piece_of(entry.transform) is not None)
+            notes = (
+                [f"{turned} transposed"] * (turned > 0)
+                + [f"{sharded} sharded"] * (sharded > 0)
+                + [f"{alias} by reference"] * (alias > 0)
+            )
             l2 = math.sqrt(float((stats[:, 0] ** 2).sum()))
             nan, inf = int(stats[:, 4].sum()), int(stats[:, 5].sum())
             yield (
@@ -131,10 +144,15 @@ def _values(rows: Sequence[RowView], name: str) -> Iterator[str]:
         entry = row.layout.entries[i]
         yield f"{name}, {row.address()}"
         yield f"  {entry.dtype} [{', '.join(map(str, entry.shape))}], {row.state(i).label}"
-        yield f"  original {entry.original}{', transposed' if entry.transform else ''}"
+        piece = piece_of(entry.transform)
+        words = [entry.original, *["transposed"] * bool(without_piece(entry.transform))]
+        if piece is not None:
+            words.append(f"the part from {list(piece.start)} on of {list(piece.whole)}")
+        yield f"  original {', '.join(words)}"
         if entry.alias_of:
             yield f"  same bytes as {entry.alias_of}"
         yield f"  digest {row.digests[i].tobytes().hex()}"
+        yield from _places(row, name)
         yield "  " + "  ".join(f"{stat} {value:.9g}" for stat, value in zip(STATS, row.stats[i], strict=True))
         if row.stored(i) and row.state(i) in (State.VALUE, State.ZERO):
             with np.printoptions(precision=9, threshold=200, edgeitems=4, linewidth=120):
@@ -146,6 +164,16 @@ def _values(rows: Sequence[RowView], name: str) -> Iterator[str]:
         known = [entry.name for row in rows for entry in row.layout.entries]
         close = nearest(name, known)
         raise BadUsage(f"{rows[0].address()} has no record {name}", f"nearest: {', '.join(close)}" if close else "")
+
+
+def _places(row: RowView, name: str) -> Iterator[str]:
+    """Where in the batch the rows of a module's output are from."""
+    at = row.layout.positions.get(POSITIONS)
+    if row.phase is not Phase.FORWARD or at is None or name == POSITIONS or not row.stored(at):
+        return
+    places = [f"({batch_row}, {position})" for batch_row, position in row.read(at).tolist()]
+    shown = places if len(places) <= SHOWN_PLACES else [*places[: SHOWN_PLACES - 1], "…", places[-1]]
+    yield f"  rows are at (row, position) of the batch: {', '.join(shown)}"
 
 
 def _bytes(row: RowView) -> int:

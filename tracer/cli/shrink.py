@@ -34,15 +34,15 @@ def shrink(
     Digests, statistics, settings, losses and small batches stay as they are.  docs/fingerprints.md says what a comparison with
     such a file can no longer see.
     """
-    from tracer.cli.record import human_bytes
     from tracer.reader import open_trace
     from tracer.shrink import shrink as write_fingerprint
+    from tracer.size import human_bytes
 
     if output.exists() and file.exists() and output.samefile(file):
         raise BadUsage(f"{output} is the trace itself", "give the fingerprint another name")
     with open_trace(file) as trace:
         write_fingerprint(trace, output, what=what, steps=steps, overwrite=force)
-    before, after = file.stat().st_size, output.stat().st_size
+        before, after = trace.size, output.stat().st_size
     print(
         f"trace: wrote {output}: {human_bytes(after)}, {before / after:.1f} times smaller than {file}", file=sys.stderr
     )

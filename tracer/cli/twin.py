@@ -2,7 +2,7 @@
 
 Every run has a process of its own.  A twin is the same command with one thing changed:
 
-    rounding   trained parameters (with --perturb-base frozen ones too) start one rounding unit away
+    rounding   trained parameters, frozen ones of 16 bits (with --perturb-base all) start one rounding unit away
     threads    another number of threads in OpenMP and BLAS, which changes the order of sums
     eager      no compilation, where the run was compiled
 """

@@ -1,0 +1,43 @@
+"""What `trace record` says and does about a program that trained in other processes, one trace per rank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tracer.children import restarted
+from tracer.errors import TraceError
+from tracer.place import rank_files
+from tracer.reader import open_trace
+from tracer.size import human_bytes
+
+
+def ranks_recorded(output: Path, *, fingerprint: bool) -> bool:
+    """Report the ranks' traces beside `output`, if there are any; of this process's own there was nothing to record.
+
+    With `fingerprint` they become one file, `output`, since a sketch of a part says nothing of the whole.
+    """
+    files = rank_files(output)
+    if not files:
+        return False
+    output.unlink(missing_ok=True)
+    for again in restarted(output):
+        print(f"trace: also wrote {again}: an attempt after a failure", file=sys.stderr)
+    size = human_bytes(sum(file.stat().st_size for file in files.values()))
+    names = ", ".join(str(file) for file in files.values())
+    try:
+        with open_trace(output) as trace:
+            steps, whole = trace.last_step, trace.finished
+    except TraceError as error:
+        print(f"trace: wrote {names}: {size}; {error.line()}", file=sys.stderr)
+        return True
+    if fingerprint:
+        from tracer.shrink import shrink_in_place
+
+        shrink_in_place(output)
+        for file in files.values():
+            file.unlink()
+        names, size = str(output), human_bytes(output.stat().st_size)
+    end = "" if whole else ", unfinished"
+    print(f"trace: wrote {names}: {steps} step{'s' * (steps != 1)}, {size}{end}", file=sys.stderr)
+    return True
