@@ -6,6 +6,7 @@ Nothing is guessed: a name without a counterpart is reported with the nearest ca
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,11 @@ from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
 
 # Elements that are converted to float64 at a time, so that a comparison needs no second copy of a large tensor.
 BLOCK = 2**20
+# Tensors of up to so many elements are kept as float64 beside what was stored, and the latest of them by their rows.
+SMALL = 2**14
+KEPT = 512
+# Rows that are kept; a replay looks at those of a step and of the one before.
+LATEST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +115,17 @@ class Tensor:
         """Canonical shape."""
         return self.stored.shape
 
+    @cached_property
+    def _float64(self) -> npt.NDArray[np.float64]:
+        """All elements of a small tensor, converted once: it is looked at again and again."""
+        values = to_float64(self._flat, self.dtype)
+        values.flags.writeable = False
+        return values
+
     def block(self, start: int, stop: int) -> npt.NDArray[np.float64]:
-        """Elements start..stop as float64, 1-D."""
+        """Elements start..stop as float64, 1-D; not to be written to."""
+        if start == 0 and stop >= self.size and self.size <= SMALL:
+            return self._float64
         return to_float64(self._flat[start:stop], self.dtype)
 
     def blocks(self) -> range:
@@ -135,11 +150,33 @@ class Rows:
         self._rules = rules
         self._names: dict[bytes, Names] = {}
         self._memory: dict[tuple[object, ...], Any] = {}
+        self._latest: OrderedDict[tuple[int, int, int], Row | None] = OrderedDict()
+        self._tensors: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
+
+    def tensor(self, row: Row, name: str) -> Tensor:
+        """A record of a whole step's row; the latest small ones are kept, because replays of one step share them."""
+        key = (row.view.phase, row.view.step, name)
+        known = self._tensors.get(key)
+        if known is not None:
+            return known
+        tensor = row.read(name)
+        if tensor.size <= SMALL:
+            self._tensors[key] = tensor
+            if len(self._tensors) > KEPT:
+                self._tensors.popitem(last=False)
+        return tensor
 
     def get(self, phase: Phase, step: int, micro_batch: int = WHOLE_STEP) -> Row | None:
-        """One row, or None if it was not recorded."""
+        """One row, or None if it was not recorded; the latest ones are kept."""
+        key = (phase, step, micro_batch)
+        if key in self._latest:
+            return self._latest[key]
         view = self.trace.row(phase, step, micro_batch)
-        return None if view is None else Row(view, self._layout_names(view.layout))
+        row = None if view is None else Row(view, self._layout_names(view.layout))
+        self._latest[key] = row
+        if len(self._latest) > LATEST:
+            self._latest.popitem(last=False)
+        return row
 
     def remember(self, key: tuple[object, ...], compute: Callable[[], Any]) -> Any:
         """A small derived value, computed once."""
@@ -197,10 +234,3 @@ class Aligner:
                 tuple(name for name in b.positions if name not in a.positions),
             )
         return pairing
-
-
-def nearest(name: str, candidates: tuple[str, ...], limit: int = 3) -> tuple[str, ...]:
-    """Names that look like `name`, best first; for a report, never for a pairing."""
-    import difflib  # slow to import, and needed only for a name without a counterpart
-
-    return tuple(difflib.get_close_matches(name, candidates, n=limit, cutoff=0.75))

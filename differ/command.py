@@ -11,6 +11,7 @@ import click
 
 from differ.completion import complete_phases
 from differ.publish import Destination, DestinationType, check, publish_github, write_reports
+from differ.reference import DTYPES, ENGINES
 from differ.reporters import FORMATS, draws_series, reporter
 from differ.result import DiffResult
 from differ.terminal import progress, style
@@ -49,6 +50,15 @@ from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceErro
     help="Write a report to a file as well: html=out.html, markdown=, junit=, json=, text= (repeatable).",
 )
 @click.option(
+    "--reference",
+    type=click.Choice(ENGINES),
+    help="Recompute both sides' losses and gradients from their own inputs: says which side is wrong.",
+)
+@click.option(
+    "--reference-dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="In which dtype."
+)
+@click.option("--reference-model", metavar="FOLDER|ID", help="Base model of both, where it is not the one they name.")
+@click.option(
     "--fail-on", type=click.Choice(["note"]), help="Exit 1 for a systematic note too: one ratio within tolerance."
 )
 @click.option("--exit-zero", is_flag=True, help="Exit 0 even when the traces diverged.")
@@ -67,6 +77,9 @@ def diff(
     phases: str | None,
     form: str,
     reports: tuple[Destination, ...],
+    reference: str | None,
+    reference_dtype: str,
+    reference_model: str | None,
     fail_on: str | None,
     exit_zero: bool,
     quiet: bool,
@@ -81,6 +94,7 @@ def diff(
       trace diff a.h5 b.h5 --steps 1:5 --phases grad,param --format json
       trace diff a.h5 b.h5 --report html=out.html
       trace diff a.h5 b.h5 --noise a.twin.h5 --noise b.twin.h5
+      trace diff a.h5 b.h5 --reference torch
     """
     from differ.engine import diff as compare
     from differ.options import DiffOptions
@@ -93,11 +107,16 @@ def diff(
         rules=_rules(name_map),
         only=only,
         omit=omit,
-        steps=_steps(steps),
+        steps=parse_steps(steps),
         phases=_phases(phases),
         noise=noise,
         series=any(draws_series(kind) for kind in (form, *(report.kind for report in reports))),
     )
+    if reference is not None:
+        from differ.reference import References, recompute
+
+        first, second = recompute([a, b], dtype=reference_dtype, model=reference_model, steps=options.steps)
+        options = replace(options, reference=References(first, second))
     with progress("comparing", quiet=quiet) as report:
         result = compare(a, b, replace(options, progress=report))
     _publish(result, form, reports, quiet=quiet)
@@ -153,7 +172,8 @@ def _rules(path: Path | None) -> Any:
         raise BadConfig(f"{path}: {error}") from error
 
 
-def _steps(text: str | None) -> tuple[int, int] | None:
+def parse_steps(text: str | None) -> tuple[int, int] | None:
+    """A range of steps, both ends included: `1:5`, `3`, `:5`, `2:`; raises BadUsage."""
     if text is None:
         return None
     low, colon, high = text.partition(":")

@@ -22,6 +22,7 @@ from differ.fingerprint import note_fingerprints
 from differ.inputs import Inputs
 from differ.noise import NoiseFloor
 from differ.options import DiffOptions
+from differ.ranks import find_drift, note_ranks, settle, settle_twin
 from differ.result import Cause, DiffResult, Finding, Kind, PolicyUsed, Side, Verdict
 from differ.rows import compare_rows, missing_row
 from differ.runs import label, model_dtype
@@ -29,7 +30,7 @@ from differ.session import RowPair, Session
 from differ.tally import Tally
 from tracer.dtypes import coarser
 from tracer.reader import Trace, open_trace
-from tracer.schema import Phase
+from tracer.schema import WHOLE_STEP, Phase
 
 Source = str | os.PathLike[str] | Trace
 
@@ -47,7 +48,9 @@ def diff(a: Source, b: Source, options: DiffOptions | None = None) -> DiffResult
             source if isinstance(source, Trace) else stack.enter_context(open_trace(Path(source))) for source in (a, b)
         )
         options = options or DiffOptions()
-        twins = tuple(stack.enter_context(open_trace(Path(path))) for path in options.noise)
+        first, second = settle(first, second)
+        opened = [stack.enter_context(open_trace(Path(path))) for path in options.noise]
+        twins = tuple(settle_twin(twin, (first, second)) for twin in opened)
         # Runs that went to nan are compared like any other; every measure here says itself what is not finite.
         with np.errstate(all="ignore"):
             return _Engine(first, second, options, twins).run()
@@ -73,6 +76,7 @@ class _Engine:
         """Walk through the steps and put the result together."""
         self._note_phases()
         note_fingerprints(self.session)
+        note_ranks(self.session)
         end = self._common_end()
         steps = [step for step in sorted({*self.a.steps, *self.b.steps}) if self.options.wants_step(step)]
         for done, step in enumerate(steps):
@@ -95,13 +99,16 @@ class _Engine:
         self.tally.steps += step > 0
         for phase in PHASES:
             in_a, in_b = self.a.micro_batches(phase, step), self.b.micro_batches(phase, step)
-            for micro_batch in sorted({*in_a, *in_b}):
+            # What a step accumulates comes after its micro-batches.
+            for micro_batch in sorted({*in_a, *in_b}, key=lambda number: (number == WHOLE_STEP, number)):
                 self._compare_row(phase, step, micro_batch)
 
     def _compare_row(self, phase: Phase, step: int, micro_batch: int) -> None:
         a, b = self.session.a.get(phase, step, micro_batch), self.session.b.get(phase, step, micro_batch)
         if a is not None and b is not None:
-            compare_rows(self.session, RowPair(phase, step, micro_batch, a, b))
+            pair = RowPair(phase, step, micro_batch, a, b)
+            find_drift(self.session, pair)
+            compare_rows(self.session, pair)
         elif (present := a or b) is not None:
             missing_row(self.session, present, in_a=a is not None)
         if self.collector is not None:
@@ -173,6 +180,7 @@ class _Engine:
             before=before,
             findings=findings,
             series=None if self.collector is None else self.collector.build(findings),
+            reference=None if self.options.reference is None else self.options.reference.judged(self.options.policy),
         )
 
     def _policy_used(self) -> PolicyUsed:

@@ -16,6 +16,7 @@ from typing import Final
 from differ.compare import Distance
 from differ.estimate import has_sketch, is_trainable, row_distance
 from differ.judges.model import allowance, batch_loss, noise_floor
+from differ.noise import delta_norm
 from differ.result import Cause, Finding, Kind
 from differ.session import RowPair, Session
 from tracer.dtypes import is_float
@@ -35,10 +36,14 @@ _REMEMBERED: Final = ("fingerprint", "remembered")
 
 def note_fingerprints(session: Session) -> None:
     """Say once, for each side that is a fingerprint, what this comparison cannot see."""
-    sides = [side for side, rows in (("a", session.a), ("b", session.b)) if rows.trace.fingerprint]
+    traces = {"a": session.a.trace, "b": session.b.trace}
+    sides = [side for side, trace in traces.items() if trace.fingerprint]
     if not sides:
         return
     who = f"{' and '.join(sides)} {'are fingerprints' if len(sides) > 1 else 'is a fingerprint'} without tensors"
+    if any(len(traces[side].sketched_steps) < len(traces[side].steps) - 1 for side in sides):
+        thinned = sorted({step for side in sides for step in traces[side].sketched_steps})
+        who = f"at {len(thinned)} steps from {thinned[0]} on there are sketches in place of tensors"
     side = sides[0] if len(sides) == 1 else None
     sizes = (
         f"{who}: differences are estimated, within some 15 %, against {SLACK} times the tolerance; "
@@ -125,7 +130,7 @@ def _allowed(session: Session, pair: RowPair, name: str) -> tuple[float | None, 
     parameter = split_state_name(name)[0] if pair.phase is Phase.OPT_STATE else name
     amplify = 1.0 / batch_loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
     granted = allowance(session, pair, name, parameter=parameter, amplify=amplify)
-    floor = noise_floor(pair) if pair.phase in MODEL else 0.0
+    floor = max(noise_floor(pair), delta_norm(pair.phase, pair.a, pair.b, name)) if pair.phase in MODEL else 0.0
     allowed = max(SLACK * granted.error, FLOOR) if granted.judges else None
     return allowed, granted.distance, floor
 

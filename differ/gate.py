@@ -4,6 +4,7 @@
     command = ["python", "train.py"]     # or: path = "mlx-lm", config = "run.toml", set = ["optimizer.lr=1e-4"]
     baseline = "traces/lora.h5"
     policy = "policy.toml"               # optional: tolerances
+    noise = ["traces/lora.twin.h5"]      # optional: twins of the baseline, the noise floor
     steps = "1:5"                        # optional: steps to record and to compare
     what = "loss,grad,param"             # optional: phases to record
     fingerprint = true                   # optional: the baseline holds sketches, small enough for git
@@ -26,7 +27,7 @@ from differ.options import DiffOptions
 from differ.policy import default_policy, load_policy
 from tracer.errors import BadConfig, NoPermission, NotFound, TraceError
 
-FIELDS: Final = ("command", "path", "config", "set", "baseline", "policy", "steps", "what", "fingerprint")
+FIELDS: Final = ("command", "path", "config", "set", "baseline", "policy", "noise", "steps", "what", "fingerprint")
 # Lines of a failed program's output that an error shows.
 _TAIL: Final = 12
 
@@ -46,6 +47,7 @@ class Gate:
     baseline: Path
     folder: Path
     policy: Path | None = None
+    noise: tuple[Path, ...] = ()
     steps: tuple[int, int] | None = None
     what: str = ""
     fingerprint: bool | None = None
@@ -53,7 +55,7 @@ class Gate:
     def options(self, *, series: bool = False) -> DiffOptions:
         """How this gate's traces are compared."""
         policy = default_policy() if self.policy is None else load_policy(self.policy)
-        return DiffOptions(policy=policy, steps=self.steps, series=series)
+        return DiffOptions(policy=policy, noise=self.noise, steps=self.steps, series=series)
 
     def require_baseline(self) -> None:
         """Raise NotFound, with the command that makes it, if there is no baseline."""
@@ -120,6 +122,7 @@ def _gate(name: str, entry: Any, project: Path) -> Gate:
         baseline=folder / _text(entry, "baseline", where),
         folder=folder,
         policy=folder / policy if policy else None,
+        noise=tuple(folder / file for file in _texts(entry, "noise", where, least=0)),
         steps=_steps(entry.get("steps"), where),
         what=_text(entry, "what", where),
         fingerprint=fingerprint,

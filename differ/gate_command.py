@@ -109,7 +109,7 @@ def gate(
         place = f" ({number} of {len(chosen)})" if len(chosen) > 1 else ""
         outcomes.append(_run(one, shown, place, update=update))
     _tell_github(form, outcomes)
-    for stray in baselines.unused([one.baseline for one in gates.values()]):
+    for stray in baselines.unused([file for one in gates.values() for file in (one.baseline, *one.noise)]):
         _say(f"unused baseline: {_short(stray)} is beside the others, and no gate names it")
     ctx.exit(_summary(chosen, outcomes))
 

@@ -25,6 +25,7 @@ from differ.estimate import row_distance
 from differ.inputs import LORA_A, LORA_B, InputDistance, Inputs, parameters_before
 from differ.twins import TwinOf, other_course, sides_of
 from tracer.dtypes import EPSILON
+from tracer.names import BASE_LAYER, LORA_DELTA
 from tracer.schema import Phase, State
 
 # Tensors smaller than this share of the phase's norm hold noise only.
@@ -88,6 +89,14 @@ def smallest_norm(phase: Phase, a: Row, b: Row) -> float:
     if phase is not Phase.GRAD:
         return LOSS_FLOOR if phase in (Phase.LOSS, Phase.EVAL) else 0.0
     return NOISE_SHARE * max(math.hypot(*(float(l2) for l2 in row.view.stats[:, 0])) for row in (a, b))
+
+
+def delta_norm(phase: Phase, a: Row, b: Row, name: str) -> float:
+    """Norm of the output that a LoRA delta was subtracted from, whose noise it has; 0 for every other record."""
+    if phase is not Phase.FORWARD or LORA_DELTA not in name:
+        return 0.0
+    outputs = (name.replace(LORA_DELTA, ""), name.replace(LORA_DELTA, BASE_LAYER))
+    return max((row.l2(output) for row in (a, b) for output in outputs if output in row.positions), default=0.0)
 
 
 class NoiseFloor:
@@ -192,7 +201,8 @@ def row_distances(twin: Rows, side: Rows, phase: Phase, step: int) -> dict[str, 
         floor = smallest_norm(phase, a, b)
         for name in a.positions:
             if _comparable(a, b, name):
-                found[name] = max(found.get(name, 0.0), _distance(a, b, name, floor))
+                least = max(floor, delta_norm(phase, a, b, name))
+                found[name] = max(found.get(name, 0.0), _distance(a, b, name, least))
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from differ.policy import Policy, default_policy
+from differ.reference import References
 from tracer.names import Rule
 from tracer.schema import Phase
 
@@ -39,6 +40,7 @@ class DiffOptions:
     a replay or a distance between inputs needs it.  `probe` is called with every judged record, for calibration.
     `noise`: twins of either side, whose distance from it is the noise floor.
     `progress` is called with the number of steps done and their total, before the first and after each.
+    `reference`: both sides recomputed (differ.reference), which then decides on losses and gradients.
     `series` asks for what the drawn reports need (`DiffResult.series`); it never changes the verdict.
     """
 
@@ -52,6 +54,7 @@ class DiffOptions:
     series: bool = False
     noise: tuple[str | os.PathLike[str], ...] = ()
     progress: Callable[[int, int], None] | None = None
+    reference: References | None = None
 
     def wants_step(self, step: int) -> bool:
         """Whether a step is in the chosen range; step 0 only if the range says so."""

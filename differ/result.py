@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Final
 
+from differ.reference import ReferencePair
 from differ.series import Series
 from tracer._version import DISTRIBUTION, VERSION
 
@@ -42,6 +43,7 @@ class Kind(enum.StrEnum):
     SHAPE = "shape"
     NONFINITE = "nonfinite"
     STATE = "state"
+    REPLICA = "replica"
 
 
 # A value in a report: a number, or a word where there is none (a state, a shape).
@@ -152,6 +154,7 @@ class PolicyUsed:
 class DiffResult:
     """Everything that a comparison found.  `findings` are in causal order, `first` is the first of them.
 
+    `reference` is what `--reference` says of each side, None where it was not asked for.
     `series` is what some reports draw; None unless `DiffOptions.series` asked for it, and not in the default JSON.
     """
 
@@ -168,6 +171,7 @@ class DiffResult:
     before: Before | None
     findings: tuple[Finding, ...]
     series: Series | None = None
+    reference: ReferencePair | None = None
 
     @property
     def systematic(self) -> tuple[Cause, ...]:

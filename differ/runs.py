@@ -24,6 +24,7 @@ def label(trace: Trace) -> str:
 def model_dtype(trace: Trace) -> str:
     """Coarsest float dtype that the run computes in: observed, else that of its weights; float32 if nothing says."""
     named = _dtypes(trace.observed.get("model.dtype"))
+    named += _dtypes(trace.observed.get("autocast"))
     named += [dtype for key, dtype in _AUTOCAST.items() if trace.observed.get(key) is True]
     if not named:
         row = trace.row(Phase.INIT, 0)

@@ -6,6 +6,7 @@ an earlier step is repeated, and both are counted, not reported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from differ.align import Aligner, Row, Rows, Tensor
@@ -14,11 +15,12 @@ from differ.inputs import Inputs
 from differ.noise import NoiseFloor
 from differ.options import DiffOptions, Measurement
 from differ.policy import Policy, Tolerance
+from differ.replay.rules.base import Rule
 from differ.result import Cause, Finding, Kind
 from differ.tally import Tally
 from tracer.dtypes import coarser
 from tracer.names import split_state_name
-from tracer.schema import WHOLE_STEP, Phase
+from tracer.schema import TOKEN_LOSS, WHOLE_STEP, Phase
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class RowPair:
     def dtype(self, name: str) -> str:
         """Coarser dtype of a record's two sides."""
         return coarser(self.a.entry(name).dtype, self.b.entry(name).dtype)
+
+
+@dataclass(slots=True)
+class KnownRules:
+    """Rules that tensors of a phase were seen to follow, so that the next one is asked for them first.
+
+    `common`: rules of both sides of a tensor.  `parted`: the nearest two where the sides follow different ones.  `own`: rules
+    of one side where the other follows none.
+    """
+
+    common: list[Rule] = field(default_factory=list)
+    parted: list[tuple[Rule, Rule]] = field(default_factory=list)
+    own: dict[str, list[Rule]] = field(default_factory=lambda: {"a": [], "b": []})
 
 
 @dataclass(slots=True)
@@ -64,6 +79,11 @@ class Session:
     followed: dict[str, set[str]] = field(default_factory=lambda: {"a": set(), "b": set()})
     noted: set[tuple[object, ...]] = field(default_factory=set)
     diverged_at: dict[Phase, int] = field(default_factory=dict)
+    # step -> micro-batch -> what either side multiplied the mean of its token losses by, where that differs.
+    loss_weights: dict[int, Mapping[int, tuple[float, float]]] = field(default_factory=dict)
+    known: dict[Phase, KnownRules] = field(default_factory=dict)
+    # The ratio of a phase's records that was excused as systematic but small.
+    ratios: dict[Phase, float] = field(default_factory=dict)
 
     @property
     def policy(self) -> Policy:
@@ -71,8 +91,15 @@ class Session:
         return self.options.policy
 
     def tolerance(self, pair: RowPair, name: str) -> Tolerance:
-        """Tolerance of a record by the coarser of the runs' and the record's dtypes."""
-        return self.policy.tolerance(pair.phase, coarser(self.dtype, pair.dtype(name)), name)
+        """Tolerance of a record by the coarser of the runs' and the record's dtypes.
+
+        The losses of single tokens have the noise of the logits that each is computed from; a reduced loss averages it out.
+        """
+        dtype = coarser(self.dtype, pair.dtype(name))
+        if name == TOKEN_LOSS:
+            own = self.policy.tolerance(pair.phase, dtype, name)
+            return own if own.explicit else self.policy.tolerance(Phase.FORWARD, dtype, name)
+        return self.policy.tolerance(pair.phase, dtype, name)
 
     def first_time(self, *key: object) -> bool:
         """Whether a divergence with this key is new; remembers it."""

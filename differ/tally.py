@@ -5,13 +5,14 @@ Holds no opinion of its own: judges decide, this adds up.  Invariant: every alig
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
 from differ.options import DiffOptions, Measurement
 from differ.result import Before, Cause, Counts, Finding, Worst
-from tracer.schema import WHOLE_STEP, Phase
+from tracer.schema import Phase
 
 
 @dataclass(slots=True)
@@ -127,12 +128,13 @@ def ratio(observed: float, allowed: float) -> float:
 
 
 # Structure comes before numbers among the findings of one row.
-_STRUCTURE: Final = {"missing_a": 0, "missing_b": 0, "shape": 1, "state": 2, "nonfinite": 3, "value": 4}
+_STRUCTURE: Final = {"missing_a": 0, "missing_b": 0, "shape": 1, "state": 2, "replica": 3, "nonfinite": 4, "value": 5}
 
 
-def causal_order(finding: Finding) -> tuple[int, int, int, int, float, str]:
+def causal_order(finding: Finding) -> tuple[int, int, float, int, float, str]:
     """Sort key of findings: what comes first in the run comes first in the report."""
-    micro_batch = WHOLE_STEP if finding.micro_batch is None else finding.micro_batch
+    # What a step accumulates comes after its micro-batches.
+    micro_batch = math.inf if finding.micro_batch is None else finding.micro_batch
     excess = ratio(finding.required or 0.0, finding.tolerance or 0.0) if finding.required is not None else float("inf")
     return (
         finding.step,

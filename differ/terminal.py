@@ -21,7 +21,7 @@ from differ.reporters import Style
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Called with how many steps are done, and of how many.
+# Called with how many units of work are done, and of how many.
 Report = Callable[[int, int], None]
 
 # A comparison that takes no longer than this shows no bar, seconds.
@@ -37,12 +37,12 @@ def style() -> Style:
 
 
 @contextmanager
-def progress(what: str, *, quiet: bool = False) -> Iterator[Report | None]:
+def progress(what: str, *, quiet: bool = False, unit: str = "step") -> Iterator[Report | None]:
     """A progress bar on standard error while the block runs, erased at its end; None where nobody would see it."""
     if quiet or not _is_terminal(sys.stderr):
         yield None
         return
-    with _Bar(what) as bar:
+    with _Bar(what, unit) as bar:
         yield bar.report
 
 
@@ -53,8 +53,8 @@ def _is_terminal(stream: TextIO) -> bool:
 class _Bar:
     """A bar that appears when the work has taken longer than PATIENCE."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
         self._began = time.monotonic()
         self._progress: Progress | None = None
         self._task: Any = None
@@ -69,21 +69,21 @@ class _Bar:
             self._progress.stop()
 
     def report(self, done: int, total: int) -> None:
-        """So many steps are done, of so many."""
+        """So many are done, of so many."""
         if self._progress is None and time.monotonic() - self._began < PATIENCE:
             return
         if self._progress is None:
-            self._progress = _shown()
+            self._progress = _shown(self._unit)
             self._task = self._progress.add_task(self._what, total=total)
         self._progress.update(self._task, completed=done, total=total)
 
 
-def _shown() -> Progress:
+def _shown(unit: str) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("trace: {task.description}, step", markup=False),
+        TextColumn(f"trace: {{task.description}}, {unit}", markup=False),
         MofNCompleteColumn(separator=" of "),
         BarColumn(),
         TimeRemainingColumn(compact=True),

@@ -66,6 +66,7 @@ def _why(result: DiffResult) -> Iterator[str]:
     agreed = words.before(result)
     yield from _listed("Cause", [text(words.explained(cause)) for cause in words.causes(result)])
     yield from _listed("Found", found)
+    yield from _listed("Reference", [text(line) for line in words.reference(result)])
     yield from _listed("Before", [text(agreed)] if agreed else [])
     yield from _listed("Also independent", [text(line) for line in words.also(result)])
     yield from _listed("Settings that differ", [text(cause.summary) for cause in words.settings(result)])

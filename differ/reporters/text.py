@@ -78,6 +78,8 @@ def _body(result: DiffResult, width: int) -> Iterator[str]:
             yield from _line("", words.nearest(result.first), width)
     if result.verdict is Verdict.SAME and result.worst is not None and result.counts.within:
         yield from _line("worst", result.worst.name, width)
+    for told in words.reference(result):
+        yield from _line("verify", told, width)
     agreed = words.before(result)
     if agreed:
         yield from _line("before", agreed, width)

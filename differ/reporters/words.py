@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from differ.reference import ReferenceSide
 from differ.result import Cause, DiffResult, Finding, Kind, Shown, Verdict
 
 CONFIG: Final = "config.differs"
@@ -40,6 +41,8 @@ def address(finding: Finding | None) -> str:
 
 def describe(finding: Finding) -> str:
     """A finding in words, without its address."""
+    if finding.kind is Kind.REPLICA:
+        return finding.detail
     if finding.kind in (Kind.MISSING_A, Kind.MISSING_B):
         side = "a" if finding.kind is Kind.MISSING_A else "b"
         return finding.detail or f"missing in {side}"
@@ -120,6 +123,30 @@ def also(result: DiffResult) -> list[str]:
             more = f" (and {len(others) - 1:,} more)" if len(others) > 1 else ""
             lines.append(f"{address(others[0])}: {describe(others[0])}{more}")
     return lines
+
+
+def reference(result: DiffResult) -> list[str]:
+    """What the reference says of each side, the one that does not follow first; empty where it was not asked."""
+    if result.reference is None:
+        return []
+    sides = [("a", result.reference.a), ("b", result.reference.b)]
+    return [_reference(letter, side) for letter, side in sorted(sides, key=lambda pair: pair[1].follows)]
+
+
+def _reference(letter: str, side: ReferenceSide) -> str:
+    engine = f"{letter} {side.verdict} the reference ({side.engine}, {side.dtype})"
+    found, notes = side.first, "".join(f"; {note}" for note in side.notes)
+    if found is None:
+        worst = side.worst
+        return (
+            f"{engine}: {plural(len(side.steps), 'step')}, worst gradient {worst.worst:.2g} at step {worst.step}{notes}"
+        )
+    micro_batch = "" if found.micro_batch is None else f", micro-batch {found.micro_batch}"
+    detail = f"; {found.detail}" if found.detail else ""
+    return (
+        f"{engine} at step {found.step}, {found.phase}{micro_batch}, {found.name}: "
+        f"relative error {short(found.error)} (tolerance {short(found.tolerance)}){detail}{notes}"
+    )
 
 
 def counts(result: DiffResult) -> str:

@@ -198,6 +198,24 @@ def test_a_policy_of_the_gate_decides(folder: Path) -> None:
     assert run(cwd=project(folder, "lr", more='policy = "loose.toml"')).returncode == 0
 
 
+def test_twins_of_the_baseline_are_the_noise_floor_of_a_gate(folder: Path) -> None:
+    twins = [f"traces/lora.twin-{seed}.h5" for seed in (1, 2)]
+    for seed, twin in enumerate(twins, 1):
+        make_trace(folder / twin, noise=3e-4, noise_seed=seed)
+    more = f"noise = {json.dumps(twins)}"
+    noisy = run(cwd=project(folder, "--noisy", more=more))
+    assert noisy.returncode == 0, noisy.stdout
+    assert "unused" not in noisy.stderr
+    (folder / "pyproject.toml").unlink()
+    assert run(cwd=project(folder, "--noisy")).returncode == 1
+    (folder / "pyproject.toml").unlink()
+    assert run(cwd=project(folder, "lr", "--noisy", more=more)).returncode == 1
+    (folder / "pyproject.toml").unlink()
+    missing = run(cwd=project(folder, more='noise = ["traces/none.h5"]'))
+    assert missing.returncode == 2
+    assert "none.h5" in missing.stderr
+
+
 def test_github_gets_a_summary_and_an_output(folder: Path) -> None:
     files = {"GITHUB_STEP_SUMMARY": str(folder / "summary.md"), "GITHUB_OUTPUT": str(folder / "output")}
     done = run("--format", "github", cwd=project(folder, "lr"), **files)

@@ -43,6 +43,7 @@ def test_a_loss_divided_by_the_micro_batches_is_the_same_and_noted(tmp_path: Pat
         assert result.verdict is Verdict.SAME
         (note,) = [note for note in result.notes if note.id == "loss.weighted"]
         assert f"{divides} loss divided by their number" in note.summary
+        assert result.systematic == ()
 
 
 @pytest.mark.parametrize(

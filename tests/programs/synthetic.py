@@ -1,6 +1,6 @@
 """A training program without a framework: hands the rows of a synthetic run to the recorder that runs it.
 
-python synthetic.py [FAULT] [--stop-early] [--die]        FAULT is a key of tests.builders.FAULTS
+python synthetic.py [FAULT] [--stop-early] [--die] [--noisy]       FAULT is a key of tests.builders.FAULTS
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def main(arguments: list[str]) -> None:
     if "--die" in arguments:
         sys.exit("out of cheese")
     faults = [argument for argument in arguments if not argument.startswith("-")]
-    drive(fault=faults[0] if faults else None, stop="the disk is full" if "--stop-early" in arguments else "")
+    stop = "the disk is full" if "--stop-early" in arguments else ""
+    drive(fault=faults[0] if faults else None, stop=stop, noise=3e-4 if "--noisy" in arguments else 0.0)
 
 
 if __name__ == "__main__":
