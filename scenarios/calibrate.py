@@ -42,16 +42,18 @@ from tracer.dtypes import BFLOAT16, is_float
 from tracer.errors import BadUsage, TraceError
 from tracer.names import split_state_name
 from tracer.reader import Trace, open_trace
-from tracer.schema import Phase
+from tracer.schema import TOKEN_LOSS, Phase
 
 MODELS: Final = ("tiny-llama", "tiny-gemma3-64")
 SAFETY: Final = 4.0
 # In half precision the noise itself is a fifth of a gradient: four times that would judge nothing.
 SAFETY_HALF: Final = 2.0
 # Judged by the model's inputs, through the engine; the rest is replayed there, so it is measured across sides here.
-_MODEL_PHASES: Final = (Phase.LOSS, Phase.GRAD)
+_MODEL_PHASES: Final = (Phase.FORWARD, Phase.LOSS, Phase.GRAD)
 _ACROSS: Final = (Phase.CLIPPED_GRAD, Phase.OPT_STATE, Phase.PARAM)
 _REPLAYED: Final = (Phase.CLIPPED_GRAD, Phase.OPT_STATE, Phase.PARAM)
+# Options of `trace record`: outputs of the modules and losses of the tokens too.
+_INSIDE: Final = ("--what", "all", "--token-loss")
 _FLAT: Final = (Phase.PARAM.label,)
 # An evaluation is a loss.
 _SAME_AS: Final = {"eval": "loss"}
@@ -205,13 +207,15 @@ def measure_pair(settings: Mapping[str, object], into: Measured) -> None:
     """Record torch and mlx with these settings from shared adapters and batches, and add what differs."""
     with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
         first, second = Path(folder, "torch.h5"), Path(folder, "mlx.h5")
-        record(Arm("torch", settings), first)
-        record(Arm("mlx", settings, init_from=first, batches_from=first), second)
+        record(Arm("torch", settings), first, _INSIDE)
+        record(Arm("mlx", settings, init_from=first, batches_from=first), second, _INSIDE)
         dtype = str(settings["model.dtype"])
         with open_trace(first) as a, open_trace(second) as b:
             for m in _judged(a, b):
                 if m.phase in _MODEL_PHASES:
-                    into.points[m.phase.label, dtype].append(Point(m.observed, m.distance))
+                    # A token's loss has the noise of its logits.
+                    label = (Phase.FORWARD if m.name == TOKEN_LOSS else m.phase).label
+                    into.points[label, dtype].append(Point(m.observed, m.distance))
                 elif m.phase in _REPLAYED and m.step > 0:
                     into.replay[m.dtype] = max(into.replay.get(m.dtype, 0.0), m.observed)
             for phase, point in across(a, b):

@@ -10,140 +10,34 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
+from scenarios.checks import Check, Either, Many, OneOf, Real, Text, Whole
 from scenarios.defaults import DEFAULTS, library_defaults
 from tracer.errors import BadConfig, NotFound
 
 SEVEN: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class _Check(Protocol):
-    """What a setting may be: `allowed` says it in words, calling it returns the value or raises ValueError."""
-
-    @property
-    def allowed(self) -> str:
-        """What is allowed, in words."""
-
-    def __call__(self, value: Any) -> Any:
-        """The value in its own type; raises ValueError."""
-
-
-@dataclass(frozen=True, slots=True)
-class _OneOf:
-    choices: tuple[Any, ...]
-
-    @property
-    def allowed(self) -> str:
-        return "one of " + ", ".join(json.dumps(choice) for choice in self.choices)
-
-    def __call__(self, value: Any) -> Any:
-        for choice in self.choices:  # `1 == True` in Python: the type counts too
-            if type(choice) is type(value) and choice == value:
-                return choice
-        raise ValueError
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    low: int
-
-    @property
-    def allowed(self) -> str:
-        return f"a whole number from {self.low}"
-
-    def __call__(self, value: Any) -> int:
-        if type(value) is not int or value < self.low:
-            raise ValueError
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class _Real:
-    low: float
-    below: float = math.inf
-    open_at_low: bool = False
-
-    @property
-    def allowed(self) -> str:
-        start = f"above {self.low:g}" if self.open_at_low else f"from {self.low:g}"
-        return f"a number {start}" + (f", below {self.below:g}" if self.below < math.inf else "")
-
-    def __call__(self, value: Any) -> float:
-        number = float(value) if type(value) in (int, float) else math.nan
-        if not (self.low < number if self.open_at_low else self.low <= number) or not number < self.below:
-            raise ValueError
-        return number
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    words: str = "a non-empty string"
-
-    @property
-    def allowed(self) -> str:
-        return self.words
-
-    def __call__(self, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise ValueError
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class _Many:
-    item: _Check
-    size: int | None = None
-    word: str | None = None  # a string that stands for a whole list, "linear"
-    may_be_empty: bool = False
-
-    @property
-    def allowed(self) -> str:
-        size = f"{self.size} items" if self.size else "items"
-        head = f"{json.dumps(self.word)} or " if self.word else ""
-        empty = ", or []" if self.may_be_empty else ""
-        return f"{head}a list of {size}, each {self.item.allowed}{empty}"
-
-    def __call__(self, value: Any) -> Any:
-        if self.word is not None and value == self.word:
-            return self.word
-        if not isinstance(value, list | tuple):
-            raise ValueError
-        if not value and self.may_be_empty:
-            return ()
-        if not value or (self.size is not None and len(value) != self.size):
-            raise ValueError
-        return tuple(self.item(item) for item in value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Either:
-    word: str
-    other: _Check
-
-    @property
-    def allowed(self) -> str:
-        return f"{json.dumps(self.word)} or {self.other.allowed}"
-
-    def __call__(self, value: Any) -> Any:
-        return self.word if value == self.word else self.other(value)
-
-
-def _field(default: Any, check: _Check) -> Any:
+def _field(default: Any, check: Check) -> Any:
     return field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Which base model: a tiny one by name, a local folder or a hub id; cast to `dtype` after loading."""
+    """Which base model: a tiny one by name, a local folder or a hub id; cast to `dtype` after loading.
 
-    name: str = _field("tiny-llama", _Text("a tiny model's name, a local folder or a hub id"))
-    dtype: str = _field("float32", _OneOf(("float32", "bfloat16", "float16", "checkpoint")))
+    `dtype = "library"` tells the loader nothing: transformers and mlx-lm then keep the checkpoint's, unsloth casts.
+    `attention` chooses among the implementations of transformers; the MLX paths have one.
+    """
+
+    name: str = _field("tiny-llama", Text("a tiny model's name, a local folder or a hub id"))
+    dtype: str = _field("float32", OneOf(("float32", "bfloat16", "float16", "checkpoint", "library")))
+    attention: str = _field("default", OneOf(("default", "eager", "sdpa")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,65 +46,125 @@ class DataConfig:
 
     `batching = "plain"`: the same batches on every path, right-padded to the longest row.  `"library"`: the path's own
     loader (HF's sampler and collator, mlx-lm's `iterate_batches`); a hand-written loop has none and batches plainly.
-    `mask_label = [row, position]` takes one label of the first micro-batch of step `mask_step` out of the loss.
+    `order = "length"` sorts the rows, shortest first.  `mask_label = [row, position]` takes one label of the first
+    micro-batch of step `mask_step` out of the loss.  `bos` and `eos`: how often the token that begins or ends a row
+    stands there before rows are cut to `row_length` (`"tokenizer"`: as the tokenizer does it).  `pad_extra`: columns of
+    padding beyond the longest row.  `supervise`: which tokens are targets: all; all and the first padding behind them, as
+    in mlx-lm's own loss; all but each row's last.
     """
 
-    source: str = _field("synthetic", _Text('"synthetic" or a .jsonl file of {"text": …}'))
-    rows: int = _field(32, _Whole(1))
-    row_length: int = _field(24, _Whole(2))
-    variable: bool = _field(True, _OneOf((True, False)))
-    seed: int = _field(0, _Whole(0))
-    order: str = _field("file", _OneOf(("file", "shuffled")))
-    order_seed: int = _field(0, _Whole(0))
-    batching: str = _field("plain", _OneOf(("plain", "library")))
-    mask_label: tuple[int, ...] = _field((), _Many(_Whole(0), size=2, may_be_empty=True))
-    mask_step: int = _field(1, _Whole(1))
+    source: str = _field("synthetic", Text('"synthetic" or a .jsonl file of {"text": …}'))
+    rows: int = _field(32, Whole(1))
+    row_length: int = _field(24, Whole(2))
+    variable: bool = _field(True, OneOf((True, False)))
+    seed: int = _field(0, Whole(0))
+    order: str = _field("file", OneOf(("file", "shuffled", "length")))
+    order_seed: int = _field(0, Whole(0))
+    bos: int | str = _field("tokenizer", Either("tokenizer", Whole(0)))
+    eos: int | str = _field(1, Either("tokenizer", Whole(0)))
+    pad_extra: int = _field(0, Whole(0))
+    supervise: str = _field("tokens", OneOf(("tokens", "tokens-and-pad", "all-but-last")))
+    batching: str = _field("plain", OneOf(("plain", "library")))
+    mask_label: tuple[int, ...] = _field((), Many(Whole(0), size=2, may_be_empty=True))
+    mask_step: int = _field(1, Whole(1))
 
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The adapter.  The effective scale is alpha / rank on every path; `layers` counts from the last one."""
+    """The adapter.  `layers` counts from the last one.
 
-    rank: int = _field(8, _Whole(1))
-    alpha: float = _field(16.0, _Real(0.0, open_at_low=True))
-    dropout: float = _field(0.0, _Real(0.0, below=1.0))
-    targets: str | tuple[str, ...] = _field(SEVEN, _Many(_Text("a module's name"), word="linear"))
-    layers: int | str = _field("all", _Either("all", _Whole(1)))
+    The effective scale is alpha / rank on every path, or `scale` itself where that is a number; PEFT is then told
+    scale · rank as its alpha.
+    """
+
+    rank: int = _field(8, Whole(1))
+    alpha: float = _field(16.0, Real(0.0, open_at_low=True))
+    scale: float | str = _field("alpha/rank", Either("alpha/rank", Real(0.0, open_at_low=True)))
+    dropout: float = _field(0.0, Real(0.0, below=1.0))
+    targets: str | tuple[str, ...] = _field(SEVEN, Many(Text("a module's name"), word="linear"))
+    layers: int | str = _field("all", Either("all", Whole(1)))
+
+    @property
+    def effective_scale(self) -> float:
+        """The factor that the adapter's output is multiplied with."""
+        return self.alpha / self.rank if isinstance(self.scale, str) else self.scale
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """The loop.  `compile = "default"` is what the path does by itself (mlx: compiled, torch: eager)."""
+    """The loop.  `"default"` and `"library"` are what the path does by itself.
 
-    steps: int = _field(10, _Whole(1))
-    batch: int = _field(2, _Whole(1))
-    accumulation: int = _field(1, _Whole(1))
-    seed: int = _field(0, _Whole(0))
-    seed_at: str = _field("after-load", _OneOf(("before-load", "after-load")))
-    compile: bool | str = _field("default", _OneOf(("default", True, False)))
-    device: str = _field("default", _OneOf(("default", "cpu")))
+    `compile`: mlx compiles by itself, torch does not.  `checkpointing`: activations are computed again in the backward
+    pass (TRL and unsloth do so by themselves).  `autocast`: mixed precision around the forward pass (PyTorch only; TRL
+    does so in bfloat16 by itself).  `data_seed`: what orders a library's own batches, `"seed"` is `train.seed`.
+    `validate_every`: validate each so many optimizer steps on `validation_batches` batches of the same rows, 0 never.
+    """
+
+    steps: int = _field(10, Whole(1))
+    batch: int = _field(2, Whole(1))
+    accumulation: int = _field(1, Whole(1))
+    seed: int = _field(0, Whole(0))
+    seed_at: str = _field("after-load", OneOf(("before-load", "after-load")))
+    compile: bool | str = _field("default", OneOf(("default", True, False)))
+    device: str = _field("default", OneOf(("default", "cpu")))
+    checkpointing: bool | str = _field(False, OneOf(("library", True, False)))
+    autocast: str = _field("none", OneOf(("library", "none", "bfloat16")))
+    data_seed: int | str = _field("seed", Either("seed", Whole(0)))
+    validate_every: int = _field(0, Whole(0))
+    validation_batches: int = _field(1, Whole(1))
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
     """The optimizer and its learning rate.  `warmup` is in optimizer steps, `lr` is the peak."""
 
-    name: str = _field("adamw", _OneOf(("adamw", "adam", "sgd")))
-    lr: float = _field(1e-3, _Real(0.0))
-    schedule: str = _field("constant", _OneOf(("constant", "linear", "cosine")))
-    warmup: int = _field(0, _Whole(0))
-    weight_decay: float = _field(0.0, _Real(0.0))
-    betas: tuple[float, float] = _field((0.9, 0.999), _Many(_Real(0.0, below=1.0), size=2))
-    eps: float = _field(1e-8, _Real(0.0))
-    bias_correction: bool = _field(True, _OneOf((True, False)))
+    name: str = _field("adamw", OneOf(("adamw", "adam", "sgd")))
+    lr: float = _field(1e-3, Real(0.0))
+    schedule: str = _field("constant", OneOf(("constant", "linear", "cosine")))
+    warmup: int = _field(0, Whole(0))
+    weight_decay: float = _field(0.0, Real(0.0))
+    betas: tuple[float, float] = _field((0.9, 0.999), Many(Real(0.0, below=1.0), size=2))
+    eps: float = _field(1e-8, Real(0.0))
+    bias_correction: bool = _field(True, OneOf((True, False)))
 
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """Gradient clipping: element-wise to ±value, or the global L2 norm to value."""
+    """Gradient clipping: element-wise to ±value, the global L2 norm to value, or each tensor's own L2 norm to value.
 
-    mode: str = _field("none", _OneOf(("none", "value", "norm")))
-    value: float = _field(1.0, _Real(0.0, open_at_low=True))
+    `"library"`: nothing is said of it to the library, `value` is not used.
+    """
+
+    mode: str = _field("none", OneOf(("none", "value", "norm", "tensor", "library")))
+    value: float = _field(1.0, Real(0.0, open_at_low=True))
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """The loss.  `"library"` is what the path does by itself; see docs/paths.md.
+
+    `reduction`: how micro-batches of different sizes make one gradient; `"token-mean"` weights every token of the step
+    equally, `"mean-of-means"` every micro-batch.  `precision`: cross-entropy of float32 logits, or of logits in the
+    model's own dtype.
+    """
+
+    reduction: str = _field("library", OneOf(("library", "token-mean", "mean-of-means")))
+    precision: str = _field("library", OneOf(("library", "float32", "model")))
+
+
+_PARTS: Final = ("path", "mlx", "mlx-lm", "unsloth-mlx")
+
+
+@dataclass(frozen=True, slots=True)
+class PartsConfig:
+    """Hybrids of the MLX paths: whose loader and LoRA set-up, whose loss, whose loop; `"path"` is the path's own.
+
+    `trace record --path mlx --set parts.loss=mlx-lm` is the hand-written loop with mlx-lm's `default_loss`.
+    """
+
+    loader: str = _field("path", OneOf(("path", "mlx-lm", "unsloth-mlx")))
+    loss: str = _field("path", OneOf(_PARTS))
+    loop: str = _field("path", OneOf(_PARTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +177,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys, JSON-able values: `{"lora.rank": 8, …}`, as `tracer.declare` takes them."""
@@ -237,14 +193,23 @@ SECTIONS: Final[dict[str, type[Any]]] = {
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
     "clip": ClipConfig,
+    "loss": LossConfig,
+    "parts": PartsConfig,
 }
 S = TypeVar("S")
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = (), *, model: str | None = None) -> RunConfig:
+def load(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    base: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
     """Configuration of a TOML file (None: all defaults), with `section.key=value` overrides applied.
 
-    Raises NotFound, or BadConfig with the place and what is allowed there.
+    `base`: what a path takes unless something else is given.  Raises NotFound, or BadConfig with the place and what is
+    allowed there.
     """
     table = _read(Path(path)) if path is not None else {}
     place = str(path) if path is not None else "run configuration"
@@ -252,6 +217,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, model: str |
         _set(table, override)
     if model is not None:
         table.setdefault("model", {})["name"] = model
+    for section, values in (base or {}).items():
+        given = table.get(section, {})
+        if isinstance(given, Mapping):
+            table[section] = {**values, **given}
     return parse(table, place=place)
 
 
@@ -260,7 +229,7 @@ def parse(table: Mapping[str, Any], *, place: str = "run configuration") -> RunC
     given = dict(table)
     name = given.pop("defaults", "plain")
     if name not in DEFAULTS:
-        raise BadConfig(f"{place}: defaults = {_shown(name)} is not known", f"use {_OneOf(tuple(DEFAULTS)).allowed}")
+        raise BadConfig(f"{place}: defaults = {_shown(name)} is not known", f"use {OneOf(tuple(DEFAULTS)).allowed}")
     for section, value in given.items():
         if section not in SECTIONS:
             raise BadConfig(f"{place}: [{section}] is not a section", _suggest(section, [*SECTIONS, "defaults"]))
@@ -280,7 +249,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _section(cls: type[S], table: Mapping[str, Any], place: str) -> S:
-    checks: dict[str, _Check] = {f.name: f.metadata["check"] for f in fields(cls)}  # type: ignore[arg-type]
+    checks: dict[str, Check] = {f.name: f.metadata["check"] for f in fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in table.items():
         if key not in checks:

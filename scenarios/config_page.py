@@ -21,7 +21,8 @@ INTRODUCTION: Final = """\
 Everything has a default, an unknown key or a value out of range is an error that names the place, and a setting that a
 path cannot honour is refused, never dropped. `--set section.key=value` changes one setting, `--model NAME` the model.
 
-`defaults = "mlx-lm"` or `defaults = "peft"` at the top of the file takes that library's own defaults for whatever is not given.
+`defaults = "mlx-lm"` (or `"peft"`, `"trl"`, `"unsloth"`) at the top of the file takes that library's own defaults for
+whatever is not given. Which path honours what is in [paths.md](paths.md).
 
 ```toml
 model.name = "tiny-gemma3-64"

@@ -43,16 +43,31 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the data needs of a tokenizer: text -> ids, and the ids that pad and end a row."""
+    """What the data needs of a tokenizer: text -> ids, and the ids that pad, end and begin a row."""
 
     tokenizer: Any
     pad: int
     end: int | None
+    begin: int | None = None
 
-    def row(self, text: str) -> list[int]:
-        """Ids of a text, with the end token."""
+    def row(self, text: str, *, begin: int | str = "tokenizer", end: int | str = 1) -> list[int]:
+        """Ids of a text; `begin`, `end`: how often those tokens stand there, "tokenizer" as the tokenizer puts them.
+
+        Raises BadConfig where the model has no such token.
+        """
         ids = list(self.tokenizer.encode(text).ids)
-        return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
+        ids = _repeated(ids, self.begin, begin, "data.bos")
+        return _repeated(ids[::-1], self.end, end, "data.eos")[::-1]
+
+
+def _repeated(ids: list[int], token: int | None, times: int | str, setting: str) -> list[int]:
+    """`ids` with exactly `times` of a token at their start."""
+    if isinstance(times, str) or (token is None and (times == 0 or (setting == "data.eos" and times == 1))):
+        return ids
+    if token is None:
+        raise BadConfig(f"{setting} = {times}: the model has no such token", f'use {setting} = "tokenizer"')
+    first = next((i for i, found in enumerate(ids) if found != token), len(ids))
+    return [token] * times + ids[first:]
 
 
 def load_tokens(model: str) -> Tokens:
@@ -63,10 +78,16 @@ def load_tokens(model: str) -> Tokens:
         raise PathUnavailable("the data need tokenizers", "install steptrace[torch] or steptrace[mlx]") from error
     source = model_source(model)
     settings = json.loads(_file(source, "config.json").read_text("utf-8"))
-    end = settings.get("eos_token_id")
-    end = end[0] if isinstance(end, list) else end
+    end, begin = (_first(settings.get(f"{kind}_token_id")) for kind in ("eos", "bos"))
     pad = settings.get("pad_token_id")
-    return Tokens(Tokenizer.from_file(str(_file(source, "tokenizer.json"))), pad if pad is not None else end or 0, end)
+    tokenizer = Tokenizer.from_file(str(_file(source, "tokenizer.json")))
+    return Tokens(tokenizer, pad if pad is not None else end or 0, end, begin)
+
+
+def _first(ids: Any) -> int | None:
+    """One id of one or several."""
+    first: int | None = ids[0] if isinstance(ids, list) else ids
+    return first
 
 
 def _file(source: str, name: str) -> Path:
@@ -86,16 +107,38 @@ def _file(source: str, name: str) -> Path:
 
 def make_rows(data: DataConfig, tokens: Tokens) -> Rows:
     """The rows in the order in which they are taken, each 2 to `row_length` tokens; raises BadConfig or NotFound."""
-    texts = sentences(data.rows, data.seed) if data.source == "synthetic" else _read_texts(Path(data.source), data.rows)
-    rows = [tokens.row(text) for text in texts]
+    rows = [tokens.row(text, begin=data.bos, end=data.eos) for text in _texts(data)]
     cut = [row[: data.row_length] for row in rows] if data.variable else _equal_lengths(rows, data.row_length)
     usable = [tuple(row) for row in cut if len(row) > 1]  # one token has no target
     if not usable:
         raise BadConfig(f"data.source = {data.source} has no row of two tokens or more")
+    return tuple(usable[i] for i in _order(data, [len(row) for row in usable]))
+
+
+def make_texts(data: DataConfig, tokens: Tokens) -> tuple[str, ...] | None:
+    """The text of each of `make_rows`, for a library that makes tokens by itself: one end token, rows cut at their length.
+
+    None where the rows are not texts one by one, or begin or end otherwise.
+    """
+    if not data.variable or data.bos != "tokenizer" or data.eos != 1:
+        return None
+    pairs = [(text, len(tokens.row(text)[: data.row_length])) for text in _texts(data)]
+    usable = [(text, length) for text, length in pairs if length > 1]
+    return tuple(usable[i][0] for i in _order(data, [length for _, length in usable]))
+
+
+def _texts(data: DataConfig) -> list[str]:
+    if data.source == "synthetic":
+        return sentences(data.rows, data.seed)
+    return _read_texts(Path(data.source), data.rows)
+
+
+def _order(data: DataConfig, lengths: Sequence[int]) -> list[int]:
+    """Indices of the rows in the order in which they are taken."""
     if data.order == "shuffled":
-        order = np.random.RandomState(data.order_seed).permutation(len(usable))
-        usable = [usable[i] for i in order]
-    return tuple(usable)
+        return [int(i) for i in np.random.RandomState(data.order_seed).permutation(len(lengths))]
+    in_file = list(range(len(lengths)))
+    return sorted(in_file, key=lengths.__getitem__) if data.order == "length" else in_file
 
 
 def _equal_lengths(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
@@ -121,19 +164,29 @@ def plain_batches(rows: Rows, data: DataConfig, train: TrainConfig, pad: int) ->
     for step in range(train.steps):
         first = step * train.accumulation * train.batch
         starts = range(first, first + train.accumulation * train.batch, train.batch)
-        steps.append(tuple(collate([rows[i % len(rows)] for i in range(s, s + train.batch)], pad) for s in starts))
+        taken = ([rows[i % len(rows)] for i in range(start, start + train.batch)] for start in starts)
+        steps.append(tuple(collate(group, pad, extra=data.pad_extra, supervise=data.supervise) for group in taken))
     return with_mask_label(tuple(steps), data)
 
 
-def collate(rows: Sequence[Sequence[int]], pad: int) -> MicroBatch:
-    """Rows -> one micro-batch, right-padded to the longest; padding and column 0 are not supervised."""
-    width = max(len(row) for row in rows)
+def collate(rows: Sequence[Sequence[int]], pad: int, *, extra: int = 0, supervise: str = "tokens") -> MicroBatch:
+    """Rows -> one micro-batch, right-padded to the longest and `extra` columns more.
+
+    Padding and column 0 are not supervised; `supervise` as in DataConfig.
+    """
+    width = max(len(row) for row in rows) + extra
     ids = np.full((len(rows), width), pad, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
         mask[i, : len(row)] = 1
-    labels = np.where(mask == 1, ids, IGNORED)
+    targets = mask.copy()
+    for i, row in enumerate(rows):
+        if supervise == "all-but-last":
+            targets[i, len(row) - 1] = 0
+        elif supervise == "tokens-and-pad":
+            targets[i, len(row) : len(row) + 1] = 1
+    labels = np.where(targets == 1, ids, IGNORED)
     labels[:, 0] = IGNORED
     return MicroBatch(ids, labels, mask)
 

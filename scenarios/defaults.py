@@ -1,7 +1,7 @@
 """What each library does when it is told nothing, as run-configuration tables.
 
-`plain` are this project's own (the dataclass defaults of scenarios/config.py); `mlx-lm` and `peft` are those of the
-libraries, with the place where each is set.  A setting that is given always wins over these.
+`plain` are this project's own (the dataclass defaults of scenarios/config.py); `mlx-lm`, `peft`, `trl` and `unsloth` are those
+of the libraries, with the place where each is set.  A setting that is given always wins over these.
 """
 
 from __future__ import annotations
@@ -53,6 +53,33 @@ _PEFT: Final[dict[str, dict[str, Any]]] = {
 _PEFT_EPOCHS: Final = 3
 _ROWS: Final = 32  # of DataConfig
 
+# TRL SFTConfig (trl 1.x) over the same: bfloat16 autocast, gradient checkpointing, a lower rate; it seeds before it adapts.
+_TRL: Final[dict[str, dict[str, Any]]] = {
+    "optimizer": {"lr": 2e-5},
+    "train": {"autocast": "library", "checkpointing": "library"},
+    "clip": {"mode": "library"},
+}
+
+# unsloth_zoo MLXTrainingConfig and get_peft_model (2026.10): warm-up of 5 steps, so a rate of 0 in the first; a decay of
+# 0.001; the seven projections at rank 16; the loader casts to bfloat16 (float16 on an M1 or M2).
+_UNSLOTH: Final[dict[str, dict[str, Any]]] = {
+    "model": {"dtype": "library"},
+    "data": {"batching": "library"},
+    "lora": {"rank": 16, "alpha": 16.0, "dropout": 0.0, "layers": "all"},
+    "train": {"steps": 60, "batch": 2, "accumulation": 4, "seed": 3407, "checkpointing": "library"},
+    "optimizer": {
+        "name": "adamw",
+        "lr": 2e-4,
+        "schedule": "linear",
+        "warmup": 5,
+        "weight_decay": 0.001,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "bias_correction": True,
+    },
+    "clip": {"mode": "library"},
+}
+
 Table = dict[str, dict[str, Any]]
 
 
@@ -73,6 +100,14 @@ def _peft(given: Mapping[str, Mapping[str, Any]]) -> Table:
     return merged
 
 
+def _trl(given: Mapping[str, Mapping[str, Any]]) -> Table:
+    return _peft(_overlay(_TRL, given))
+
+
+def _unsloth(given: Mapping[str, Mapping[str, Any]]) -> Table:
+    return _overlay(_UNSLOTH, given)
+
+
 def _plain(given: Mapping[str, Mapping[str, Any]]) -> Table:
     return _overlay({}, given)
 
@@ -81,6 +116,8 @@ DEFAULTS: Final[dict[str, Callable[[Mapping[str, Mapping[str, Any]]], Table]]] =
     "plain": _plain,
     "mlx-lm": _mlx_lm,
     "peft": _peft,
+    "trl": _trl,
+    "unsloth": _unsloth,
 }
 
 

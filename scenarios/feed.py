@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from scenarios.config import RunConfig
-from scenarios.data import MicroBatch, Rows, load_tokens, make_rows, plain_batches, with_mask_label
+from scenarios.config import DataConfig, RunConfig
+from scenarios.data import MicroBatch, Rows, load_tokens, make_rows, make_texts, plain_batches, with_mask_label
 from tracer.dtypes import to_numpy
 from tracer.errors import BadConfig, BadUsage
 from tracer.names import NameMap
@@ -32,13 +32,15 @@ class Feed:
     """Input of a run beside its configuration.
 
     `rows` are the token rows in order; `steps` the micro-batches by step, None where the path's library makes them of
-    the rows; `adapters` by canonical name and in canonical layout, float, None for the path's own draw.
+    the rows; `adapters` by canonical name and in canonical layout, float, None for the path's own draw; `texts` those
+    of the rows, None where the rows are not texts one by one.
     """
 
     rows: Rows
     pad: int
     steps: tuple[tuple[MicroBatch, ...], ...] | None
     adapters: Mapping[str, npt.NDArray[Any]] | None = None
+    texts: tuple[str, ...] | None = None
 
     def each(self) -> Iterator[MicroBatch]:
         """All micro-batches in order; only where `steps` is given."""
@@ -57,14 +59,26 @@ def make_feed(
     tokens = load_tokens(config.model.name)
     rows = make_rows(config.data, tokens)
     adapters = read_adapters(init_from) if init_from is not None else None
+    library = own_batching and config.data.batching == "library" and batches_from is None
+    if config.train.data_seed != "seed" and not library:
+        raise BadConfig("train.data_seed orders a library's own batches", 'use data.batching = "library"')
     if batches_from is not None:
+        _refuse(
+            config.data, ("pad_extra", "supervise"), "shapes batches that are made here", "leave --batches-from out"
+        )
         steps = with_mask_label(read_batches(batches_from, config), config.data)
         return Feed(rows, tokens.pad, steps, adapters)
-    if own_batching and config.data.batching == "library":
-        if config.data.mask_label:
-            raise BadConfig("data.mask_label needs batches that are known beforehand", 'use data.batching = "plain"')
-        return Feed(rows, tokens.pad, None, adapters)
+    if library:
+        needs = "needs batches that are known beforehand"
+        _refuse(config.data, ("mask_label", "pad_extra", "supervise"), needs, 'use data.batching = "plain"')
+        return Feed(rows, tokens.pad, None, adapters, make_texts(config.data, tokens))
     return Feed(rows, tokens.pad, plain_batches(rows, config.data, config.train, tokens.pad), adapters)
+
+
+def _refuse(data: DataConfig, names: tuple[str, ...], reason: str, instead: str) -> None:
+    for name in names:
+        if getattr(data, name) != getattr(DataConfig(), name):
+            raise BadConfig(f"data.{name} {reason}", instead)
 
 
 def read_adapters(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -17,25 +17,26 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """End of a run.  Losses are one per micro-batch as the trainer reports them; the rest is by the framework's own
-    names and in its own layout, bfloat16 as uint16 bits."""
+    names and in its own layout, bfloat16 as uint16 bits.  None: a program of its own that does not say."""
 
-    losses: tuple[float, ...]
+    losses: tuple[float, ...] | None
     parameters: Arrays
-    optimizer: Arrays
+    optimizer: Arrays | None
     rng: Arrays
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each part; equal digests mean equal names, dtypes, shapes and bits."""
-        losses = {"losses": np.array(self.losses, np.float64)}
-        parts: tuple[Arrays, ...] = (losses, self.parameters, self.optimizer, self.rng)
-        return {name: _digest(arrays) for name, arrays in zip(PARTS, parts, strict=True)}
+        """SHA-256 of each part that is known; equal digests mean equal names, dtypes, shapes and bits."""
+        losses = None if self.losses is None else {"losses": np.array(self.losses, np.float64)}
+        parts: tuple[Arrays | None, ...] = (losses, self.parameters, self.optimizer, self.rng)
+        return {name: _digest(arrays) for name, arrays in zip(PARTS, parts, strict=True) if arrays is not None}
 
     def summary(self) -> dict[str, Any]:
         """JSON-able: digests, losses as hexadecimal floats (exact) and as numbers, number of trainable tensors."""
+        losses = self.losses or ()
         return {
             "digests": self.digests(),
-            "losses": [float(loss) for loss in self.losses],
-            "losses_hex": [float(loss).hex() for loss in self.losses],
+            "losses": [float(loss) for loss in losses],
+            "losses_hex": [float(loss).hex() for loss in losses],
             "parameters": len(self.parameters),
         }
 

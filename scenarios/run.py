@@ -36,7 +36,7 @@ def main(
     batches_from: Path | None,
     outcome: Path | None,
 ) -> None:
-    """Train once on PATH (torch, hf-trainer, mlx-lm, mlx)."""
+    """Train once on PATH; `trace paths` lists them."""
     try:
         result = run(path, config, overrides, model=model, init_from=init_from, batches_from=batches_from)
     except TraceError as error:
@@ -57,10 +57,12 @@ def run(
 ) -> Outcome:
     """Load the configuration, declare it, make the feed, train.  Raises a TraceError for bad input."""
     info = path_info(path)
-    settings = load(config, overrides, model=model)
+    settings = load(config, overrides, model=model, base=info.base)
     module = info.load()
     tracer.declare(path=path, **settings.flat())
-    feed = make_feed(settings, init_from=init_from, batches_from=batches_from, own_batching=info.own_batching)
+    # In a hybrid the batches are made where the loop is.
+    loop = info if settings.parts.loop == "path" else path_info(settings.parts.loop)
+    feed = make_feed(settings, init_from=init_from, batches_from=batches_from, own_batching=loop.own_batching)
     return module.run(settings, feed)
 
 

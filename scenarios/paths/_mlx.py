@@ -1,4 +1,4 @@
-"""What the two MLX paths share: base model, adapter, optimizer, loss, outcome.
+"""What the MLX paths share: mlx-lm's loader and adapter, the optimizer, outcome.
 
 mlx-lm loads and adapts, mlx optimizes; nothing here knows of a recorder.  MLX has no clipping in its optimizers, so
 a run that clips uses a subclass whose `update` clips first.
@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from scenarios.config import ClipConfig, RunConfig
-from scenarios.data import IGNORED
 from scenarios.feed import Feed, placed
 from scenarios.models import model_source
 from scenarios.outcome import Outcome, numpy_state
@@ -20,36 +19,35 @@ from scenarios.schedule import schedule_of
 from tracer.errors import BadConfig
 
 
-def build_model(config: RunConfig, feed: Feed) -> Any:
-    """Base model with LoRA layers in training mode, seeded where `train.seed_at` says.
+def load_mlx_lm(config: RunConfig, feed: Feed) -> tuple[Any, Any]:
+    """Base model with LoRA layers in training mode, seeded where `train.seed_at` says, and its tokenizer.
 
     Every layer that is built draws from MLX's generator, so the adapter's draw depends on that place.
     """
     import mlx.core as mx
     import mlx_lm
 
-    if config.train.device == "cpu":
-        mx.set_default_device(mx.cpu)
     if config.train.seed_at == "before-load":
-        _seed(config.train.seed)
-    model = mlx_lm.load(model_source(config.model.name))[0]
-    if config.model.dtype != "checkpoint":
+        seed(config.train.seed)
+    model, tokenizer = mlx_lm.load(model_source(config.model.name))[:2]
+    if config.model.dtype not in ("checkpoint", "library"):
         model.set_dtype(getattr(mx, config.model.dtype))
     if config.train.seed_at == "after-load":
-        _seed(config.train.seed)
+        seed(config.train.seed)
     model.freeze()
     _adapt(model, config)
     if feed.adapters is not None:
-        _set_adapters(model, feed)
+        set_adapters(model, feed)
     model.train()
-    return model
+    return model, tokenizer
 
 
-def _seed(seed: int) -> None:
+def seed(number: int) -> None:
+    """Seed MLX's generator, and numpy's, with which mlx-lm orders its batches."""
     import mlx.core as mx
 
-    np.random.seed(seed)  # mlx-lm orders its batches with numpy
-    mx.random.seed(seed)
+    np.random.seed(number)
+    mx.random.seed(number)
 
 
 def _adapt(model: Any, config: RunConfig) -> None:
@@ -58,7 +56,7 @@ def _adapt(model: Any, config: RunConfig) -> None:
     lora = config.lora
     count = len(model.layers)
     layers = count if lora.layers == "all" else min(int(lora.layers), count)
-    settings: dict[str, Any] = {"rank": lora.rank, "scale": lora.alpha / lora.rank, "dropout": lora.dropout}
+    settings: dict[str, Any] = {"rank": lora.rank, "scale": lora.effective_scale, "dropout": lora.dropout}
     if lora.targets != "linear":
         settings["keys"] = _keys(model, lora.targets)
     linear_to_lora_layers(model, layers, settings)
@@ -74,7 +72,8 @@ def _keys(model: Any, targets: str | tuple[str, ...]) -> list[str]:
     return keys
 
 
-def _set_adapters(model: Any, feed: Feed) -> None:
+def set_adapters(model: Any, feed: Feed) -> None:
+    """Set the adapters that the feed gives, in the model's own layout and dtype."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -119,35 +118,20 @@ def _clipping(kind: type[Any], clip: ClipConfig) -> type[Any]:
     import mlx.optimizers as optim
     from mlx.utils import tree_map
 
-    if clip.mode == "none":
+    clips = {
+        "norm": lambda gradients: optim.clip_grad_norm(gradients, clip.value)[0],
+        "value": lambda gradients: tree_map(lambda g: mx.clip(g, -clip.value, clip.value), gradients),
+        "tensor": lambda gradients: tree_map(lambda g: optim.clip_grad_norm([g], clip.value)[0][0], gradients),
+    }
+    if clip.mode not in clips:
         return kind
 
     class Clipped(kind):  # type: ignore[misc]
         def update(self, model: Any, gradients: Any) -> None:
-            if clip.mode == "norm":
-                gradients, _ = optim.clip_grad_norm(gradients, clip.value)
-            else:
-                gradients = tree_map(lambda g: mx.clip(g, -clip.value, clip.value), gradients)
-            super().update(model, gradients)
+            super().update(model, clips[clip.mode](gradients))
 
     Clipped.__name__ = Clipped.__qualname__ = f"Clipped{kind.__name__}"
     return Clipped
-
-
-def masked_loss(model: Any, input_ids: Any, labels: Any) -> tuple[Any, Any]:
-    """Mean cross-entropy over the supervised positions of [B, L] ids, and their number.
-
-    Position t is predicted from those before it; logits go to float32 first, as transformers does.
-    """
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    logits = model(input_ids[:, :-1]).astype(mx.float32)
-    targets = labels[:, 1:]
-    supervised = targets != IGNORED
-    each = nn.losses.cross_entropy(logits, mx.where(supervised, targets, 0)) * supervised
-    count = supervised.sum()
-    return each.sum() / count, count
 
 
 def outcome_of(model: Any, optimizer: Any, losses: list[Any]) -> Outcome:

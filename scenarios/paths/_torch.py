@@ -1,4 +1,4 @@
-"""What the two PyTorch paths share: base model, adapter, optimizer, outcome.
+"""What the PyTorch paths share: base model, adapter, optimizer, outcome.
 
 transformers loads, PEFT adapts, torch optimizes; nothing here knows of a recorder.  torch's Adam always corrects its
 bias, so for `optimizer.bias_correction = false` a small optimizer is written out below.
@@ -7,13 +7,13 @@ bias, so for `optimizer.bias_correction = false` a small optimizer is written ou
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from scenarios.config import OptimizerConfig, RunConfig
+from scenarios.config import ClipConfig, ModelConfig, OptimizerConfig, PartsConfig, RunConfig
 from scenarios.feed import Feed, placed
 from scenarios.models import model_source
 from scenarios.outcome import Outcome, numpy_state
@@ -29,18 +29,24 @@ def seed_everything(seed: int) -> None:
 
 def build_model(config: RunConfig, feed: Feed) -> Any:
     """Base model with a PEFT LoRA adapter in training mode, seeded where `train.seed_at` says."""
+    base = load_base(config)
+    model = _adapt(base, config)
+    if feed.adapters is not None:
+        set_adapters(model, feed)
+    return model.train()
+
+
+def load_base(config: RunConfig) -> Any:
+    """Base model, seeded where `train.seed_at` says."""
     from transformers import AutoModelForCausalLM
 
     _quiet()
     if config.train.seed_at == "before-load":
         seed_everything(config.train.seed)
-    base = AutoModelForCausalLM.from_pretrained(model_source(config.model.name), dtype=_dtype(config.model.dtype))
+    base = AutoModelForCausalLM.from_pretrained(model_source(config.model.name), **_loading(config.model))
     if config.train.seed_at == "after-load":
         seed_everything(config.train.seed)
-    model = _adapt(base, config)
-    if feed.adapters is not None:
-        _set_adapters(model, feed)
-    return model.train()
+    return base
 
 
 def _quiet() -> None:
@@ -50,30 +56,42 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _dtype(name: str) -> Any:
+def _loading(model: ModelConfig) -> dict[str, Any]:
+    """Arguments of transformers' loader beside the name."""
     import torch
 
-    return "auto" if name == "checkpoint" else getattr(torch, name)
+    options: dict[str, Any] = {}
+    if model.dtype != "library":
+        options["dtype"] = "auto" if model.dtype == "checkpoint" else getattr(torch, model.dtype)
+    if model.attention != "default":
+        options["attn_implementation"] = model.attention
+    return options
 
 
 def _adapt(base: Any, config: RunConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(base, adapter_settings(base, config))
+    except ValueError as error:
+        raise BadConfig(f"lora: PEFT does not accept this adapter: {error}") from error
+
+
+def adapter_settings(base: Any, config: RunConfig) -> Any:
+    """PEFT's configuration of the adapter."""
+    from peft import LoraConfig
 
     lora = config.lora
     count = base.config.get_text_config().num_hidden_layers
     last = count if lora.layers == "all" else min(int(lora.layers), count)
-    settings = LoraConfig(
+    return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha if isinstance(lora.scale, str) else lora.scale * lora.rank,
         lora_dropout=lora.dropout,
         target_modules=_targets(base, lora.targets),
         layers_to_transform=None if last == count else list(range(count - last, count)),
         task_type="CAUSAL_LM",
     )
-    try:
-        return get_peft_model(base, settings)
-    except ValueError as error:
-        raise BadConfig(f"lora: PEFT does not accept this adapter: {error}") from error
 
 
 def _targets(base: Any, targets: str | tuple[str, ...]) -> list[str]:
@@ -86,7 +104,8 @@ def _targets(base: Any, targets: str | tuple[str, ...]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in inside})
 
 
-def _set_adapters(model: Any, feed: Feed) -> None:
+def set_adapters(model: Any, feed: Feed) -> None:
+    """Set the adapters that the feed gives, in the model's own layout and dtype."""
     import torch
 
     assert feed.adapters is not None
@@ -95,6 +114,25 @@ def _set_adapters(model: Any, feed: Feed) -> None:
     with torch.no_grad():
         for name, data in given.items():
             trainable[name].copy_(torch.from_numpy(data))
+
+
+def refuse_parts(config: RunConfig) -> None:
+    """Raises BadConfig for a hybrid: its parts are those of the MLX paths."""
+    if config.parts != PartsConfig():
+        raise BadConfig("parts: this path has no parts to exchange", "they are settings of the MLX paths")
+
+
+def clip_gradients(parameters: Sequence[Any], clip: ClipConfig) -> None:
+    """Clip the gradients in place as configured, with torch's own functions."""
+    import torch
+
+    if clip.mode == "norm":
+        torch.nn.utils.clip_grad_norm_(parameters, clip.value)
+    elif clip.mode == "value":
+        torch.nn.utils.clip_grad_value_(parameters, clip.value)
+    elif clip.mode == "tensor":
+        for parameter in parameters:
+            torch.nn.utils.clip_grad_norm_([parameter], clip.value)
 
 
 def optimizer_of(settings: OptimizerConfig) -> tuple[type[Any], dict[str, Any]]:

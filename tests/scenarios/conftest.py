@@ -13,20 +13,31 @@ from typing import Any
 import pytest
 
 from scenarios.paths import PATHS
+from tracer.interpreters import lent
 
 Arms = Mapping[str, Mapping[str, Any]]
 FAULT_STEPS = 3
 # Looked for, not imported: the frameworks run in processes of their own.
 needs_torch = pytest.mark.skipif(bool(PATHS["hf-trainer"].missing()), reason="needs the extra `torch`")
 needs_mlx = pytest.mark.skipif(bool(PATHS["mlx"].missing()), reason="needs the extra `mlx`")
+ROOT = Path(__file__).parents[2]
+_MADE = ROOT / ".venv-unsloth" / "bin" / "python"
+UNSLOTH = os.environ.get("TRACE_UNSLOTH_PYTHON") or (str(_MADE) if _MADE.exists() else "")
+needs_unsloth = pytest.mark.skipif(
+    not UNSLOTH, reason="needs an environment with unsloth_zoo: `make unsloth`, or TRACE_UNSLOTH_PYTHON=path/to/python"
+)
+# Paths that take given batches and share one environment.
+FED = ("torch", "hf-trainer", "trl-sft", "mlx-lm", "mlx")
 
 
-def run_many(path: str, arms: Arms, folder: Path) -> dict[str, Any]:
+def run_many(path: str, arms: Arms, folder: Path, *, python: str | None = None) -> dict[str, Any]:
     """Run arms of one path in one process; one thread each is faster and changes no bit of these small models."""
     given, results = folder / f"{path}-arms.json", folder / f"{path}-results.json"
     given.write_text(json.dumps(arms, default=str))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.scenarios.many", path, str(given), str(results)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [python or sys.executable, "-W", "ignore", "-m", "tests.scenarios.many", path, str(given), str(results)]
+    with lent(python) as ours:
+        environment = {**os.environ, **ours, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(results.read_text()))
 
@@ -58,10 +69,12 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     return made
 
 
-def record_all(path: str, arms: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def record_all(path: str, arms: Mapping[str, Any], folder: Path, *, python: str | None = None) -> dict[str, str]:
     """Record every arm into `folder`; the traces by name."""
     files = {name: str(folder / f"{name.replace(' ', '-')}.h5") for name in arms}
-    results = run_many(path, {name: {**given, "trace": files[name]} for name, given in arms.items()}, folder)
+    results = run_many(
+        path, {name: {**given, "trace": files[name]} for name, given in arms.items()}, folder, python=python
+    )
     assert not [result["error"] for result in results.values() if "error" in result]
     return files
 

@@ -17,12 +17,17 @@ from typing import Any
 import tracer
 from scenarios.run import run
 from tracer.errors import TraceError
+from tracer.schema import Phase
+
+# What an arm is recorded with that asks for what is inside a step too.
+INSIDE: dict[str, Any] = {"what": frozenset(Phase), "token_loss": True, "micro_grads": True}
 
 
 def one(path: str, arm: dict[str, Any]) -> dict[str, Any]:
     settings = tuple(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in arm["settings"].items())
     shared = {name: Path(arm[name]) if arm.get(name) else None for name in ("init_from", "batches_from")}
-    recording = tracer.record(arm["trace"]) if arm.get("trace") else contextlib.nullcontext()
+    options = INSIDE if arm.get("inside") else {}
+    recording = tracer.record(arm["trace"], **options) if arm.get("trace") else contextlib.nullcontext()
     try:
         with recording:
             return run(path, None, settings, **shared).summary()

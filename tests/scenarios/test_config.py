@@ -14,7 +14,7 @@ def test_an_empty_configuration_is_all_defaults() -> None:
     assert load(None) == RunConfig()
 
 
-@pytest.mark.parametrize("defaults", ["plain", "mlx-lm", "peft"])
+@pytest.mark.parametrize("defaults", ["plain", "mlx-lm", "peft", "trl", "unsloth"])
 def test_flattening_loses_nothing(defaults: str) -> None:
     config = parse(
         {"defaults": defaults, "lora": {"rank": 4, "targets": ["q_proj"]}, "clip": {"mode": "value", "value": 1}}
@@ -44,6 +44,26 @@ def test_the_defaults_of_peft_are_its_own() -> None:
     config = parse({"defaults": "peft", "data": {"rows": 100}})
     assert (config.lora.targets, config.lora.alpha, config.clip.mode) == (("q_proj", "v_proj"), 8.0, "norm")
     assert config.train.steps == 39  # three epochs of 100 rows, 8 at a time
+
+
+def test_the_defaults_of_trl_are_pefts_but_for_its_own() -> None:
+    config = parse({"defaults": "trl", "optimizer": {"warmup": 3}})
+    assert (config.optimizer.lr, config.optimizer.warmup, config.optimizer.schedule) == (2e-5, 3, "linear")
+    assert (config.train.autocast, config.train.checkpointing, config.lora.rank) == ("library", "library", 8)
+
+
+def test_a_scale_that_is_given_holds_whatever_alpha_and_rank_are() -> None:
+    assert parse({"lora": {"rank": 4, "alpha": 8, "scale": 20}}).lora.effective_scale == 20.0
+    assert parse({"lora": {"rank": 4, "alpha": 8}}).lora.effective_scale == 2.0
+
+
+def test_what_a_path_starts_from_gives_way_to_what_is_given(tmp_path: Path) -> None:
+    base = {"data": {"batching": "library", "rows": 4}}
+    config = load(None, ["data.rows=6"], base=base)
+    assert (config.data.batching, config.data.rows) == ("library", 6)
+    file = tmp_path / "run.toml"
+    file.write_text('[data]\nbatching = "plain"\n')
+    assert load(file, base=base).data.batching == "plain"
 
 
 def test_the_mlx_lm_defaults_are_those_of_the_installed_library() -> None:
@@ -76,7 +96,9 @@ BAD = {
     "train.seed_at=later": ('train.seed_at = "later"', '"before-load", "after-load"'),
     "data.mask_label=[1]": ("data.mask_label = [1]", "a list of 2 items"),
     "trian.steps=3": ("[trian]", "did you mean train"),
-    "defaults=unsloth": ('defaults = "unsloth"', '"plain", "mlx-lm", "peft"'),
+    "defaults=axolotl": ('defaults = "axolotl"', '"plain", "mlx-lm", "peft", "trl", "unsloth"'),
+    "lora.scale=0": ("lora.scale = 0", '"alpha/rank" or a number above 0'),
+    "parts.loss=torch": ('parts.loss = "torch"', '"path", "mlx", "mlx-lm", "unsloth-mlx"'),
     "steps": ("--set steps", "section.key=value"),
 }
 

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 from scenarios.config import DataConfig, TrainConfig
-from scenarios.data import IGNORED, MicroBatch, Tokens, collate, load_tokens, make_rows, plain_batches, with_mask_label
-from scenarios.paths.mlx_lm_train import supervised_stretch
+from scenarios.data import (
+    IGNORED,
+    MicroBatch,
+    Tokens,
+    collate,
+    load_tokens,
+    make_rows,
+    make_texts,
+    plain_batches,
+    with_mask_label,
+)
+from scenarios.paths._mlx_loss import supervised_stretch
 from tracer.errors import BadConfig
 
 pytest.importorskip("tokenizers", reason="needs the extra `torch` or `mlx`")
@@ -40,6 +50,53 @@ def test_shuffling_keeps_the_rows_and_changes_their_order(tokens: Tokens) -> Non
     assert plain != shuffled
     assert sorted(plain) == sorted(shuffled)
     assert shuffled != make_rows(DataConfig(order="shuffled", order_seed=1), tokens)
+
+
+def test_rows_sorted_by_length_are_the_same_rows(tokens: Tokens) -> None:
+    plain, by_length = make_rows(DataConfig(), tokens), make_rows(DataConfig(order="length"), tokens)
+    assert sorted(plain) == sorted(by_length)
+    assert [len(row) for row in by_length] == sorted(len(row) for row in plain)
+
+
+def test_the_tokens_at_both_ends_stand_there_as_often_as_asked(tokens: Tokens) -> None:
+    plain = make_rows(DataConfig(row_length=100), tokens)
+    begun = make_rows(DataConfig(row_length=100, bos=2), tokens)
+    ended = make_rows(DataConfig(row_length=100, eos=2), tokens)
+    bare = make_rows(DataConfig(row_length=100, eos=0), tokens)
+    assert begun == tuple((tokens.begin, tokens.begin, *row) for row in plain)
+    assert ended == tuple((*row, tokens.end) for row in plain)
+    assert bare == tuple(row[:-1] for row in plain)
+
+
+def test_a_token_that_the_model_does_not_have_cannot_be_asked_for(tokens: Tokens) -> None:
+    with pytest.raises(BadConfig, match=r"data\.bos = 1"):
+        make_rows(DataConfig(bos=1), Tokens(tokens.tokenizer, 0, None))
+
+
+def test_the_texts_are_those_of_the_rows_and_missing_where_rows_are_not_texts(tokens: Tokens) -> None:
+    data = DataConfig(order="shuffled")
+    texts = make_texts(data, tokens)
+    assert texts is not None
+    assert [tuple(tokens.row(text)[: data.row_length]) for text in texts] == list(make_rows(data, tokens))
+    assert make_texts(DataConfig(variable=False), tokens) is None
+    assert make_texts(DataConfig(bos=2), tokens) is None
+
+
+@pytest.mark.parametrize(
+    ("supervise", "labels"),
+    [
+        ("tokens", [[IGNORED, 6, 7, IGNORED], [IGNORED, 9, IGNORED, IGNORED]]),
+        ("tokens-and-pad", [[IGNORED, 6, 7, 0], [IGNORED, 9, 0, IGNORED]]),
+        ("all-but-last", [[IGNORED, 6, IGNORED, IGNORED], [IGNORED, IGNORED, IGNORED, IGNORED]]),
+    ],
+)
+def test_which_tokens_are_targets_and_how_wide_a_batch_is_can_be_chosen(
+    supervise: str, labels: list[list[int]]
+) -> None:
+    batch = collate([(5, 6, 7), (8, 9)], pad=0, extra=1, supervise=supervise)
+    assert batch.labels.tolist() == labels
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
 
 
 def test_making_data_draws_nothing_from_the_global_generator(tokens: Tokens) -> None:

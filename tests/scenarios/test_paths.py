@@ -1,4 +1,4 @@
-"""The four training paths: each runs, twice the same, does what its configuration says and refuses what it cannot do."""
+"""The training paths: each runs, twice the same, does what its configuration says and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from scenarios.launch import Arm, RunFailed, run
-from scenarios.paths import PATHS
-from tests.scenarios.conftest import Once, arm, needs_mlx, needs_torch, run_many, run_paths
+from tests.scenarios.conftest import FED, Once, arm, needs_mlx, needs_torch, run_many, run_paths
 from tracer.reader import open_trace
 from tracer.schema import Phase
 
@@ -28,6 +27,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "pair, other seed": {**PAIR, "train.seed": 1},
     "clip by value": {"clip.mode": "value", "clip.value": 1e-3},
     "clip by norm": {"clip.mode": "norm", "clip.value": 1e-3},
+    "clip by tensor": {"clip.mode": "tensor", "clip.value": 1e-3},
+    "scale": {"lora.scale": 5.0},
+    "wider": {"data.pad_extra": 3},
+    "checkpointed": {"train.checkpointing": True},
     "no bias correction": {"optimizer.bias_correction": False},
     "adam": {"optimizer.name": "adam", "optimizer.eps": 1e-3},
     "sgd": {"optimizer.name": "sgd"},
@@ -43,7 +46,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "drawn after load": {"optimizer.lr": 0, "train.seed_at": "after-load"},
     "drawn before load": {"optimizer.lr": 0, "train.seed_at": "before-load"},
 }
-CHANGES = [n for n in ARMS if n not in ("plain", "eager", "linear targets", "library batches", "pair again")]
+# What changes nothing, or only rounding, in some path.
+NEUTRAL = ("plain", "eager", "linear targets", "library batches", "pair again", "wider", "checkpointed")
+CHANGES = [name for name in ARMS if name not in NEUTRAL]
 Results = dict[str, dict[str, Any]]
 
 
@@ -51,7 +56,7 @@ Results = dict[str, dict[str, Any]]
 def results(once: Once) -> dict[str, Results]:
     """Outcome of every arm on every path."""
     arms = {name: arm({"train.steps": 2, **settings}) for name, settings in ARMS.items()}
-    found: dict[str, Results] = once("paths", lambda folder: run_paths(PATHS, arms, folder))[1]
+    found: dict[str, Results] = once("paths", lambda folder: run_paths(FED, arms, folder))[1]
     return found
 
 
@@ -59,7 +64,7 @@ def parameters(results: Results, name: str) -> str:
     return str(results[name]["digests"]["parameters"])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FED)
 def test_a_path_ends_with_the_same_bits_twice(path: str, results: dict[str, Results]) -> None:
     first, second = results[path]["pair"], results[path]["pair again"]
     assert first == second
@@ -67,13 +72,13 @@ def test_a_path_ends_with_the_same_bits_twice(path: str, results: dict[str, Resu
     assert all(np.isfinite(first["losses"]))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FED)
 def test_every_setting_reaches_the_library(path: str, results: dict[str, Results]) -> None:
     plain = parameters(results[path], "plain")
     assert [name for name in CHANGES if parameters(results[path], name) == plain] == []
 
 
-@pytest.mark.parametrize("path", ["hf-trainer", "mlx-lm"])
+@pytest.mark.parametrize("path", ["hf-trainer", "trl-sft", "mlx-lm"])
 def test_a_librarys_own_batches_are_others_than_the_plain_ones(path: str, results: dict[str, Results]) -> None:
     assert parameters(results[path], "library batches") != parameters(results[path], "plain")
 
@@ -83,7 +88,7 @@ def test_a_hand_written_loop_batches_plainly(path: str, results: dict[str, Resul
     assert parameters(results[path], "library batches") == parameters(results[path], "plain")
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FED)
 def test_the_adapters_are_where_the_configuration_says(path: str, results: dict[str, Results]) -> None:
     counts = {
         name: results[path][name]["parameters"] for name in ("plain", "three layers", "one target", "linear targets")
@@ -102,7 +107,14 @@ def test_compiled_and_eager_are_the_same_on_one_processor(results: dict[str, Res
     assert parameters(results["mlx"], "eager") == parameters(results["mlx"], "plain")
 
 
-@pytest.mark.parametrize(("path", "moves"), [("torch", False), ("hf-trainer", False), ("mlx-lm", True), ("mlx", True)])
+@pytest.mark.parametrize("path", FED)
+def test_wider_padding_and_checkpointing_leave_the_losses_as_they_are(path: str, results: dict[str, Results]) -> None:
+    plain = results[path]["plain"]["losses"]
+    for name in ("wider", "checkpointed"):
+        assert np.allclose(results[path][name]["losses"], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("path", "moves"), [(path, path.startswith("mlx")) for path in FED])
 def test_the_place_of_the_seed_moves_the_draw_in_mlx_only(path: str, moves: bool, results: dict[str, Results]) -> None:
     """Every layer that MLX builds draws random numbers; transformers loads without drawing any."""
     before, after = (parameters(results[path], f"drawn {place} load") for place in ("before", "after"))
@@ -124,7 +136,7 @@ def batches(file: Path) -> list[npt.NDArray[Any]]:
         return [row.read(row.layout.positions[name]) for row in rows if row is not None for name in names]
 
 
-@pytest.mark.parametrize("path", ["hf-trainer", "mlx-lm", "mlx"])
+@pytest.mark.parametrize("path", ["hf-trainer", "trl-sft", "mlx-lm", "mlx"])
 def test_init_from_and_batches_from_are_exact(path: str, sources: dict[str, Path], tmp_path: Path) -> None:
     source, own, fed = sources["accumulated"], tmp_path / "own.h5", tmp_path / "fed.h5"
     settings = {"train.steps": 3, "train.accumulation": 2, "train.seed": 5}
@@ -148,6 +160,21 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "decay": ({"optimizer.name": "adam", "optimizer.weight_decay": 0.1}, "MLX's Adam has none"),
         "target": ({"lora.targets": ["c_attn"]}, "no layer of this model has c_attn"),
         "mask": ({"data.mask_label": [1, 0]}, "not a supervised position of step 1"),
+        "attention": ({"model.attention": "eager"}, "MLX has one implementation"),
+        "autocast": ({"train.autocast": "bfloat16"}, "MLX has no autocast"),
+        "validation": ({"train.validate_every": 1}, "this loop does not validate"),
+        "data seed": ({"train.data_seed": 1}, 'use data.batching = "library"'),
+    },
+    "mlx-lm": {
+        "reduction": ({"loss.reduction": "token-mean"}, "averages micro-batches unweighted"),
+        "precision": ({"loss.precision": "float32", "model.dtype": "bfloat16"}, "in the dtype of the logits"),
+    },
+    "mlx-lm-cli": {
+        "batches": ({}, "makes its own batches"),
+    },
+    "trl-sft": {
+        "reduction": ({"loss.reduction": "mean-of-means"}, "weights every token of a step equally"),
+        "parts": ({"parts.loss": "mlx"}, "no parts to exchange"),
     },
     "torch": {
         "rank": ({"lora.rank": 4}, "this run needs"),
@@ -171,7 +198,8 @@ def test_a_bad_run_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "trace: there is no path called pytorch; known are torch, hf-trainer, mlx-lm, mlx [usage]"
+        "trace: there is no path called pytorch; known are torch, hf-trainer, trl-sft, mlx-lm, mlx-lm-cli, mlx, unsloth-mlx "
+        "[usage]"
     ]
     with pytest.raises(RunFailed, match="known are torch"):
         run(Arm("pytorch", {}), tmp_path / "outcome.json")

@@ -31,6 +31,13 @@ def test_one_part_that_differs_is_not_identical(part: str) -> None:
     assert report.line().endswith("NOT IDENTICAL")
 
 
+def test_a_part_that_a_program_does_not_leave_behind_is_shown_as_not_known() -> None:
+    report = Report("mlx-lm-cli", {"parameters": True, "rng": True}, recorded=2, steps=2)
+    assert report.code == 0
+    assert report.line().split() == ["mlx-lm-cli", "not", "known", "same", "not", "known", "same", "2/2", "identical"]
+    assert Report("mlx-lm-cli", {}, recorded=2, steps=2).code == 1
+
+
 def test_a_recording_that_missed_a_step_proves_nothing() -> None:
     report = Report("mlx", dict.fromkeys(PARTS, True), recorded=1, steps=2)
     assert report.code == 2
@@ -51,7 +58,7 @@ def test_the_worst_report_decides_the_exit_code(monkeypatch: pytest.MonkeyPatch)
     reports = iter(
         [Report("torch", dict.fromkeys(PARTS, True), 2, 2), Report("mlx", dict.fromkeys(PARTS, False), 2, 2)]
     )
-    monkeypatch.setattr(module, "check", lambda name, settings: next(reports))
+    monkeypatch.setattr(module, "check", lambda name, settings, *_, **__: next(reports))
     done = CliRunner().invoke(module.selftest, ["torch", "mlx", "--steps", "2"], standalone_mode=False)
     assert done.return_value == 1
     assert [line.split()[0] for line in done.output.splitlines()] == ["path", "torch", "mlx"]
