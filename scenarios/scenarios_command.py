@@ -80,7 +80,7 @@ def _described(entry: Entry) -> Iterator[str]:
         what = f"{'program' if arm.program else 'path'} {arm.runner}"
         settings = ", ".join(f"{key} = {value}" for key, value in {**arm.settings, **arm.options}.items())
         taken = [f"{word} of {name}" for word, name in (("adapters", arm.init), ("batches", arm.batches)) if name]
-        yield f"arm {arm.name:<6}{'; '.join(filter(None, [what, settings, ', '.join(taken)]))}"
+        yield f"{f'arm {arm.name} ':<10}{'; '.join(filter(None, [what, settings, ', '.join(taken)]))}"
     for check in entry.checks:
         yield f"expected  {' and '.join(check.arms)}: {check.line()}"
 
