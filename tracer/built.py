@@ -274,6 +274,8 @@ class BuiltRow(RowView):
 
     def _of_target(self, i: int) -> bytes:
         row, position = self.target(i)
+        if row.phase is self.phase:  # a tied weight: the row that is being made
+            return self._sources[position].digest()
         return bytes(row.digests[position].tobytes())
 
     @cached_property
@@ -283,7 +285,10 @@ class BuiltRow(RowView):
         for i, source in enumerate(self._sources):
             if self.layout.entries[i].alias_of:
                 row, position = self.target(i)
-                stats[i] = row.stats[position]
+                if row.phase is not self.phase:
+                    stats[i] = row.stats[position]
+                elif (held := self._sources[position]).state() in (State.VALUE, State.ZERO):
+                    stats[i] = held.stats()
             elif source.state() in (State.VALUE, State.ZERO):
                 stats[i] = source.stats()
         return stats

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tracer.backends import ImportWatcher
 from tracer.errors import BadUsage, NothingRecorded, TraceError
-from tracer.place import place, rank_files, set_launch, split_rank
+from tracer.place import place, rank_files, restarted, set_launch
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -87,15 +87,6 @@ def children_recorded(output: Path, options: Mapping[str, Any]) -> Iterator[None
     finally:
         for name, value in before.items():
             _set(name, value)
-
-
-def restarted(output: Path) -> list[Path]:
-    """Files of ranks that torchrun has started anew after a failure: `run.restart1.rank0.h5`."""
-    if not output.parent.is_dir():
-        return []
-    found = (split_rank(file) for file in output.parent.iterdir())
-    wholes = {one[0] for one in found if one is not None and one[0].stem.startswith(f"{output.stem}.restart")}
-    return [file for whole in sorted(wholes) for file in rank_files(whole).values()]
 
 
 def _set(name: str, value: str | None) -> None:

@@ -67,7 +67,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _check(python: Path) -> None:
-    done = subprocess.run([python, "-c", _PROBE, *NEEDED], capture_output=True, text=True)
+    try:
+        done = subprocess.run([python, "-c", _PROBE, *NEEDED], capture_output=True, text=True)
+    except OSError as error:
+        raise BadUsage(f"{python} does not run: {error.strerror}", "give the path of a Python interpreter") from error
     try:
         version, missing = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

@@ -47,7 +47,11 @@ def join_rows(rows: Sequence[RowView], batches: Sequence[RowView | None], *, by_
     """Sources of the joined row: `rows` of one phase, one a rank; `batches`: the rows of phase `batch` that they belong to."""
     deal = Deal(tuple(_height(batch or row) for row, batch in zip(rows, batches, strict=True)), by_turns)
     names = [name for name in rows[0].layout.positions if all(name in row.layout.positions for row in rows)]
-    order = _positions_order(rows, deal) if rows[0].phase is Phase.FORWARD and POSITIONS in names else None
+    inside = rows[0].phase is Phase.FORWARD
+    if inside and (POSITIONS not in names or any(batch is None for batch in batches)):
+        # How many rows a batch has is known from the batch alone.
+        return [Absent(replace(rows[0].layout.entries[rows[0].layout.positions[name]], alias_of="")) for name in names]
+    order = _positions_order(rows, deal) if inside else None
     return [_joined([Held(row, row.layout.positions[name]) for row in rows], rows, deal, order) for name in names]
 
 

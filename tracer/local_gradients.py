@@ -17,7 +17,7 @@ import numpy as np
 
 from tracer.dtypes import EPSILON, to_float64
 from tracer.reader import RowView, Trace
-from tracer.schema import Phase, State
+from tracer.schema import IndexEntry, Phase, State
 
 # Tensors that are looked at, and elements of each.
 TENSORS: Final = 3
@@ -72,12 +72,10 @@ def _agree(given: Sequence[RowView], name: str) -> bool:
 
 def _factors(grads: Sequence[RowView], given: Sequence[RowView], name: str) -> np.ndarray | None:
     """c_r of one tensor; None if what the ranks' optimizers got differs, or is no combination of the gradients."""
-    positions = [row.layout.positions[name] for row in given]
     if not _agree(given, name):
         return None
-    dtype = given[0].layout.entries[positions[0]].dtype
-    parts = [to_float64(row.read(row.layout.positions[name]).reshape(-1)[:ELEMENTS], dtype) for row in grads]
-    target = to_float64(given[0].read(positions[0]).reshape(-1)[:ELEMENTS], dtype)
+    parts = [_values(row, name) for row in grads]
+    target = _values(given[0], name)
     matrix = np.stack(parts, axis=1)
     if len(target) <= len(grads) or not np.isfinite(matrix).all() or not np.isfinite(target).all():
         return None
@@ -87,4 +85,14 @@ def _factors(grads: Sequence[RowView], given: Sequence[RowView], name: str) -> n
         sum(abs(c) * np.linalg.norm(g) for c, g in zip(factors, parts, strict=True))
     )
     left = float(np.linalg.norm(matrix @ factors - target))
-    return factors if left <= ROUNDINGS * EPSILON.get(dtype, 0.0) * scale else None
+    coarsest = max(EPSILON.get(_entry(row, name).dtype, 0.0) for row in (*grads, given[0]))
+    return factors if left <= ROUNDINGS * coarsest * scale else None
+
+
+def _entry(row: RowView, name: str) -> IndexEntry:
+    return row.layout.entries[row.layout.positions[name]]
+
+
+def _values(row: RowView, name: str) -> np.ndarray:
+    """The first elements of a tensor; what an optimizer gets may have another dtype than the gradient (MLX clips in float32)."""
+    return to_float64(row.read(row.layout.positions[name]).reshape(-1)[:ELEMENTS], _entry(row, name).dtype)

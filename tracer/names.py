@@ -83,8 +83,10 @@ class Canonical:
     transform: str
 
 
-# A tensor of a PEFT adapter, with the adapter's name.
-_ADAPTER: Final = re.compile(r"\.lora_\w+\.([^.]+)(?:\.weight)?$")
+# A tensor of a PEFT adapter, with the adapter's name, which a canonical name does not have.
+_ADAPTER: Final = re.compile(
+    r"\.lora_\w+\.(?!weight$)(?P<of_factor>[^.]+)(?:\.weight)?$|\.modules_to_save\.(?P<of_copy>[^.]+)\.\w+$"
+)
 
 
 class NameMap:
@@ -107,10 +109,13 @@ class NameMap:
         return known
 
     def _of_one_adapter(self, original: str, canonical: Canonical) -> Canonical:
-        adapter = _ADAPTER.search(original)
-        if adapter is None or self._adapters.setdefault(canonical.name, adapter[1]) == adapter[1]:
+        found = _ADAPTER.search(original)
+        if found is None:
             return canonical
-        return Canonical(f"{canonical.name}#{adapter[1]}", canonical.transform)
+        adapter = found["of_factor"] or found["of_copy"]
+        if self._adapters.setdefault(canonical.name, adapter) == adapter:
+            return canonical
+        return Canonical(f"{canonical.name}#{adapter}", canonical.transform)
 
 
 def apply_rules(original: str, rules: Sequence[Rule]) -> Canonical:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import h5py
 
 from tracer.errors import BadUsage, Damaged, NoPermission, NotATrace, NotFound, TraceError
-from tracer.place import rank_files, split_rank
+from tracer.place import rank_files, ranks_in
 
 SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 # What to do about damage.
@@ -40,31 +41,34 @@ def find_ranks(path: Path) -> tuple[Path, dict[int, Path]] | None:
 
     Raises NotFound (a folder or pattern without any) and BadUsage (several runs).
     """
-    if path.is_dir():
-        runs = {found[0] for file in path.iterdir() if (found := split_rank(file)) is not None}
+    # os.path: it says no where Path raises (a folder that may not be searched, a name that is too long).
+    if os.path.isdir(path):
+        runs = ranks_in(path)
         if not runs:
             raise NotFound(f"{path} is a folder without traces of ranks", "give the name of a file")
         return _one_run(path, runs)
-    if path.exists():
+    if os.path.exists(path):
         return None
     if any(sign in path.name for sign in "*?["):
-        matches = [file for file in path.parent.glob(path.name) if split_rank(file) is not None]
-        runs = {found[0] for file in matches if (found := split_rank(file)) is not None}
-        if not runs:
+        matching = {
+            run: files
+            for run, files in ranks_in(path.parent).items()
+            if any(fnmatch.fnmatchcase(file.name, path.name) for file in files.values())
+        }
+        if not matching:
             raise NotFound(
                 f"{path} matches no trace of a rank", "traces of ranks are named run.rank0.h5, run.rank1.h5 …"
             )
-        return _one_run(path, runs)
+        return _one_run(path, matching)
     files = rank_files(path)
     return (path, files) if files else None
 
 
-def _one_run(path: Path, runs: set[Path]) -> tuple[Path, dict[int, Path]]:
+def _one_run(path: Path, runs: Mapping[Path, dict[int, Path]]) -> tuple[Path, dict[int, Path]]:
     if len(runs) > 1:
-        names = ", ".join(sorted(run.name for run in runs))
+        names = ", ".join(run.name for run in runs)
         raise BadUsage(f"{path} holds the ranks of several runs: {names}", f"name one: {min(runs)}")
-    run = runs.pop()
-    return run, rank_files(run)
+    return next(iter(runs.items()))
 
 
 def check_readable(path: Path) -> None:

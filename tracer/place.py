@@ -98,13 +98,25 @@ def split_rank(path: Path) -> tuple[Path, int] | None:
     return path.with_name(match["stem"] + (match["suffix"] or "")), int(match["rank"])
 
 
+def ranks_in(folder: Path) -> dict[Path, dict[int, Path]]:
+    """The files of ranks in a folder: run's name -> rank -> file.  A folder that may not be listed holds none for us."""
+    runs: dict[Path, dict[int, Path]] = {}
+    try:
+        files = sorted(folder.iterdir())
+    except OSError:
+        return {}
+    for file in files:
+        if (found := split_rank(file)) is not None and os.path.isfile(file):
+            runs.setdefault(found[0], {})[found[1]] = file
+    return {run: dict(sorted(by_rank.items())) for run, by_rank in sorted(runs.items())}
+
+
 def rank_files(path: Path) -> dict[int, Path]:
     """The files of the ranks of the run `path`, by rank, as far as they are there."""
-    if not path.parent.is_dir():
-        return {}
-    files = {}
-    for file in sorted(path.parent.iterdir()):
-        found = split_rank(file)
-        if found is not None and found[0] == path and file.is_file():
-            files[found[1]] = file
-    return dict(sorted(files.items()))
+    return ranks_in(path.parent).get(path, {})
+
+
+def restarted(path: Path) -> list[Path]:
+    """Files of ranks of the run `path` that torchrun has started anew after a failure: `run.restart1.rank0.h5`."""
+    name = re.compile(rf"{re.escape(path.stem)}\.restart\d+{re.escape(path.suffix)}")
+    return [file for run, files in ranks_in(path.parent).items() if name.fullmatch(run.name) for file in files.values()]

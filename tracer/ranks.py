@@ -95,6 +95,13 @@ class LazyRows(Mapping[RowKey, RowView]):
             self._made[key] = self._makers[key]()
         return self._made[key]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._makers
+
+    def get(self, key: RowKey, default: Any = None) -> Any:
+        """The row, or `default` if there is none; an error while it is made is not taken for that."""
+        return self[key] if key in self._makers else default
+
     def __iter__(self) -> Iterator[RowKey]:
         return iter(self._makers)
 

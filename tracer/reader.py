@@ -167,7 +167,9 @@ class Trace:
     def sketched_steps(self) -> tuple[int, ...]:
         """The steps at which sketches are kept in place of tensors, ascending."""
         with damage(self.path, "its tables cannot be read"):
-            return tuple(sorted({row.step for row in self._rows.values() if schema.SKETCH in row.layout.group}))
+            layouts = {row.layout for row in self._rows.values()}
+            sketched = {layout for layout in layouts if schema.SKETCH in layout.group}
+            return tuple(sorted({row.step for row in self._rows.values() if row.layout in sketched}))
 
     @property
     def last_step(self) -> int:
@@ -212,7 +214,15 @@ class Trace:
 
     def micro_batches(self, phase: Phase, step: int) -> tuple[int, ...]:
         """Micro-batch numbers of the rows of a phase at a step; `(-1,)` for a phase with one row per step."""
-        return tuple(sorted(m for p, s, m in self._rows if p is phase and s == step))
+        return self._numbers.get((phase, step), ())
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[Phase, int], tuple[int, ...]]:
+        """Micro-batch numbers of the rows, made once: this is asked at every step."""
+        numbers: dict[tuple[Phase, int], list[int]] = {}
+        for phase, step, micro_batch in self._rows:
+            numbers.setdefault((phase, step), []).append(micro_batch)
+        return {key: tuple(sorted(found)) for key, found in numbers.items()}
 
     def to_dataframe(self) -> Any:
         """One line a record, with its statistics, as a pandas DataFrame; raises PackageMissing without pandas."""

@@ -145,9 +145,13 @@ class Recorder:
 
         The same name again replaces the value.  What is not a number is refused with a line on stderr, and recording goes on.
         """
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except Exception:  # noqa: BLE001 - a tensor on a device, or with a gradient, raises what its framework likes
+            array = np.asarray(None)
         if array.dtype.kind not in "fiub":
-            print(f"trace: {name!r} is not recorded: numbers are, {array.dtype} is not", file=sys.stderr, flush=True)
+            kind = type(value).__name__ if array.dtype.kind == "O" else array.dtype
+            print(f"trace: {name!r} is not recorded: numbers are, {kind} is not", file=sys.stderr, flush=True)
             return
         if self.active and Phase.EVAL in self.options.what and self._wants_name(name):
             array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
@@ -316,8 +320,13 @@ class _WriterThread:
         self._thread.start()
 
     def put(self, step: _Step) -> None:
-        """Hand a step over; waits while the queue is full."""
+        """Hand a step over; waits while the queue is full, and until step 0 is written.
+
+        Frozen weights are not copied for step 0: they must be read before the run can change one (by unfreezing it, say).
+        """
         self._queue.put(step)
+        if step.number == 0:
+            self._queue.join()
 
     @property
     def last_step(self) -> int:
@@ -334,17 +343,21 @@ class _WriterThread:
 
     def _work(self) -> None:
         while (step := self._queue.get()) is not None:
-            if self.failure:
-                continue
             try:
-                if self._writer.commits == 0:
-                    self._writer.document("env", environment())
-                    self._writer.document("declared", step.declared)
-                self._thinner.write_step(step.number, step.rows, step.observed)
+                if not self.failure:
+                    self._write(step)
             except TraceError as error:
                 self.failure = str(error)
             except Exception as error:  # noqa: BLE001 - a thread has nobody above it
                 self.failure = f"{type(error).__name__}: {error}"
+            finally:
+                self._queue.task_done()
+
+    def _write(self, step: _Step) -> None:
+        if self._writer.commits == 0:
+            self._writer.document("env", environment())
+            self._writer.document("declared", step.declared)
+        self._thinner.write_step(step.number, step.rows, step.observed)
 
 
 _current: Recorder | None = None

@@ -5,7 +5,8 @@ an anomaly, and as long as there is room; every other step keeps digests, statis
 comparison understands (see tracer/sketch.py).  Settings, batches, losses and counters are always kept.
 
 An anomaly is a loss, or an element of a gradient, that is not finite, or a loss that rises above `spike` times the median
-of the losses before it.  The steps just before it are held in memory and are written again in full when it happens, so the
+of the losses before it.  One that lasts is one anomaly, at the step where it begins: a run that has turned to nan for good
+does not fill the disk.  The steps just before it are held in memory and are written again in full when it happens, so the
 file says at any moment all that it says without them.  Invariant: a step is committed when it is over, thinned or not.
 """
 
@@ -80,6 +81,7 @@ class Thinner:
         self._before: deque[tuple[int, list[Row]]] = deque(maxlen=max(0, plan.around))
         self._full_until = math.inf if plan.full_steps is None else plan.full_steps
         self._odd_until = 0
+        self._odd_before = False
         self._thinned: set[int] = set()
 
     def write_step(self, step: int, rows: Sequence[Row], observed: dict[str, Any] | None) -> None:
@@ -91,11 +93,11 @@ class Thinner:
             self._write(step, list(rows), observed, full=step not in self._thinned)
             return
         odd = self._is_anomaly(rows)
-        if odd:
+        if odd and not self._odd_before:
             self._odd_until = step + self._plan.around
-        full = step <= max(self._full_until, self._odd_until)
-        if odd:
             self._write_again()
+        self._odd_before = odd
+        full = step <= max(self._full_until, self._odd_until)
         share = ODD if step <= self._odd_until else ORDINARY
         full = full and size_of(rows) <= self._room(share)
         self._write(step, list(rows), observed, full=full)

@@ -61,6 +61,23 @@ def test_a_missing_path_a_folder_and_an_unreadable_file(tmp_path: Path, sample: 
             open_trace(tmp_path / "b.h5")
 
 
+def test_names_that_no_file_can_have_and_folders_that_may_not_be_searched(tmp_path: Path, sample: Path) -> None:
+    for name in ("x" * 300 + ".h5", "a**b.h5", "[.h5"):
+        with pytest.raises(NotFound):
+            open_trace(tmp_path / name)
+    (tmp_path / "closed").mkdir()
+    shutil.copy(sample, tmp_path / "closed" / "b.h5")
+    for mode, opened in ((0o600, "closed/b.h5"), (0o100, "closed"), (0o400, "closed")):
+        # In a process of its own, as somebody whom the folder is closed to.
+        code = "import os; from tracer.reader import open_trace; os.getuid() or os.setuid(65534); "
+        code += f"open_trace({opened!r})"
+        tmp_path.chmod(0o755)
+        (tmp_path / "closed").chmod(mode | mode >> 6)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert "tracer.errors." in done.stderr.splitlines()[-1], done.stderr
+    (tmp_path / "closed").chmod(0o700)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("hello\n" * 100)
     with pytest.raises(NotATrace, match="not an HDF5 file"):

@@ -19,11 +19,12 @@ from differ.result import Kind, Verdict
 from tests.tracer.ranks import STEPS, WEIGHT, WORLD, change, run, sharded, tensor, tokens, whole, write
 from tests.tracer.test_cli import trace
 from tracer.children import SEARCH_PATH, TASK, children_recorded
+from tracer.dtypes import bf16_to_float32, float32_to_bf16
 from tracer.errors import BadUsage, MissingRank, NotFound
 from tracer.place import Place, place, split_rank
-from tracer.ranks import Order, RankTrace
+from tracer.ranks import LazyRows, Order, RankTrace
 from tracer.reader import RowView, open_trace
-from tracer.schema import WHOLE_STEP, Phase, Record, Row, State
+from tracer.schema import POSITIONS, WHOLE_STEP, Phase, Record, Row, State
 from tracer.shards import Piece, piece_of, with_piece, without_piece
 from tracer.shrink import shrink_in_place
 
@@ -122,6 +123,22 @@ def test_a_sharded_tensor_is_put_together_with_its_digest_and_statistics(tmp_pat
         assert together.state(0) is State.VALUE
 
 
+def test_a_tied_weight_of_a_sharded_model_is_what_its_first_name_is(tmp_path: Path) -> None:
+    def tied(row: Row, rank: int) -> Row:
+        made = sharded(row, rank)
+        if row.phase is not Phase.INIT:
+            return made
+        first = next(record for record in made.records if record.name == "w")
+        return replace(made, records=(*made.records, replace(first, name="head", alias_of="init/w", stored=False)))
+
+    run(tmp_path / "run.h5", tied)
+    with open_trace(tmp_path / "run.h5") as ranks:
+        start = row(ranks, Phase.INIT, 0)
+        w, head = (start.layout.positions[name] for name in ("w", "head"))
+        assert start.digests[head] == start.digests[w]
+        assert np.array_equal(start.stats[head], start.stats[w])
+
+
 def test_a_sharded_frozen_weight_that_differs_is_found(tmp_path: Path) -> None:
     def other(record: Record) -> Record:
         data = record.data
@@ -216,6 +233,53 @@ def test_one_process_with_the_whole_batch_is_compared_with_the_joined_one(tmp_pa
     assert order.value in next(note.summary for note in result.notes if note.id == "ranks")
 
 
+def test_module_outputs_are_not_joined_where_the_batches_are_not_known(tmp_path: Path) -> None:
+    def inside(step: int, rank: int) -> list[Row]:
+        # One position, of the second row of the batch: as --what forward without batch leaves it.
+        at = tensor(Phase.FORWARD, step, POSITIONS, np.array([[1, 3]]))
+        output = tensor(Phase.FORWARD, step, "model.norm", np.full((1, 4), rank, np.float32))
+        return [Row(Phase.FORWARD, step, 0, (at, output))]
+
+    run(tmp_path / "run.h5", extra=inside)
+    with open_trace(tmp_path / "run.h5") as opened:
+        assert isinstance(opened, RankTrace)
+        view = opened.view(order=Order.INTERLEAVED, joined=True)
+        whole_row = row(view, Phase.FORWARD, 1, 0)
+        assert whole_row.read(0).tolist() == [[2, 3], [3, 3]]
+        for member in opened.members:
+            member._rows = {key: one for key, one in member._rows.items() if key[0] is not Phase.BATCH}
+            member.__dict__.pop("_numbers", None)
+        blind = row(opened.view(order=Order.INTERLEAVED, joined=True), Phase.FORWARD, 1, 0)
+        assert [blind.state(i) for i in range(2)] == [State.UNRECORDED] * 2
+
+
+def test_micro_batch_numbers_are_looked_up_and_not_searched_for(tmp_path: Path) -> None:
+    with open_trace(write(tmp_path / "run.h5", -1)) as opened:
+        looks = 0
+
+        class Rows(dict[Any, RowView]):
+            def __iter__(self) -> Any:
+                nonlocal looks
+                looks += 1
+                return super().__iter__()
+
+        opened._rows = Rows(opened._rows)
+        found = [opened.micro_batches(phase, step) for step in opened.steps for phase in Phase]
+        assert found.count((0, 1)) == 2 * STEPS
+        assert looks == 1
+
+
+def test_an_error_while_a_row_is_made_is_not_a_row_that_is_missing() -> None:
+    def make() -> RowView:
+        raise KeyError("inside")
+
+    rows = LazyRows([((Phase.GRAD, 1, WHOLE_STEP), make)])
+    assert (Phase.GRAD, 1, WHOLE_STEP) in rows
+    assert rows.get((Phase.GRAD, 2, WHOLE_STEP)) is None
+    with pytest.raises(KeyError, match="inside"):
+        rows.get((Phase.GRAD, 1, WHOLE_STEP))
+
+
 def test_ranks_that_pad_to_different_lengths_are_joined_at_the_longest(tmp_path: Path) -> None:
     def pad(row_: Row, rank: int) -> Row:
         if row_.phase is not Phase.BATCH or rank == 0:
@@ -293,6 +357,22 @@ def test_local_gradients_whose_mean_the_optimizer_got_are_that_mean(tmp_path: Pa
         assert grad.drifts == ()
         assert np.array_equal(grad.read(0), mean(1, 0).astype(np.float32))
         assert not list(opened.drifts())
+
+
+def test_local_gradients_may_have_another_dtype_than_what_the_optimizer_got(tmp_path: Path) -> None:
+    def half(step: int, rank: int) -> np.ndarray[Any, Any]:
+        return float32_to_bf16(local(step, rank))
+
+    def edit(row_: Row, rank: int) -> Row:
+        record = Record("w", half(row_.step, rank), "bfloat16", WEIGHT)
+        return replace(row_, records=(record,)) if row_.phase is Phase.GRAD else row_
+
+    def extra(step: int, _: int) -> list[Row]:
+        exact = sum(bf16_to_float32(half(step, rank)) for rank in range(WORLD)) / np.float32(WORLD)
+        return [Row(Phase.CLIPPED_GRAD, step, WHOLE_STEP, (tensor(Phase.CLIPPED_GRAD, step, "w", exact),))]
+
+    with open_trace(run(tmp_path / "run.h5", edit, extra=extra)) as opened:
+        assert row(opened, Phase.GRAD, 1).drifts == ()
 
 
 def test_local_gradients_that_the_program_adds_up_are_their_sum(tmp_path: Path) -> None:
@@ -412,6 +492,52 @@ def test_old_files_of_ranks_are_in_the_way_and_force_removes_all_of_them(tmp_pat
         assert os.environ[TASK]
         assert not list(tmp_path.iterdir())
     assert dict(os.environ) == before
+
+
+def test_force_removes_attempts_after_a_failure_and_no_other_run(tmp_path: Path) -> None:
+    mine = ["run.restart1.rank0.h5", "run.restart12.rank1.h5"]
+    others = ["run.restart-try.rank0.h5", "run.restart1.rank0.npz", "run2.rank0.h5", "run.restart1.h5"]
+    for name in (*mine, *others):
+        (tmp_path / name).write_bytes(b"")
+    with children_recorded(tmp_path / "run.h5", {"overwrite": True}):
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from tests.tracer.ranks import run
+run(Path("run.h5"), finished=False)
+raise KeyboardInterrupt
+"""
+
+
+def test_a_launcher_that_is_interrupted_leaves_the_traces_of_its_ranks(tmp_path: Path) -> None:
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    done = trace("record", "-o", "run.h5", "--", "python", "launcher.py", cwd=tmp_path)
+    assert "wrote run.rank0.h5, run.rank1.h5: 3 steps" in done.stderr
+    assert done.returncode == 130
+    with open_trace(tmp_path / "run.h5") as opened:
+        assert opened.last_step == STEPS
+
+
+IDLE = """
+from pathlib import Path
+from tests.tracer.ranks import write
+write(Path("run.h5"), 0)
+"""
+
+
+def test_a_rank_that_makes_no_step_leaves_the_files_of_the_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "idle.py").write_text(
+        "from pathlib import Path\nfrom tests.tracer.ranks import write\nwrite(Path('run.h5'), 0)\n"
+    )
+    done = trace(
+        "record", "--fingerprint", "-o", "run.h5", "--", "python", "idle.py", cwd=tmp_path, RANK="1", WORLD_SIZE="2"
+    )
+    assert done.returncode == 2
+    assert (tmp_path / "run.rank0.h5").exists()
+    assert "without an optimizer step" in done.stderr
 
 
 def child(code: str, *flags: str, **variables: str) -> str:

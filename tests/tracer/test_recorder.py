@@ -127,6 +127,23 @@ def test_logging_text_is_refused_and_recording_goes_on(tmp_path: Path, capsys: p
     assert not recorder.failure
 
 
+def test_logging_what_cannot_become_an_array_is_refused_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class OnDevice:
+        def __array__(self, *_: object) -> None:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    recorder = record_steps(tmp_path / "a.h5", count=1)
+    recorder.log("score", OnDevice())
+    recorder.log("ragged", [[1.0], [1.0, 2.0]])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "trace: 'score' is not recorded: numbers are, OnDevice is not",
+        "trace: 'ragged' is not recorded: numbers are, list is not",
+    ]
+    recorder.close()
+    assert not recorder.failure
+
+
 def test_calls_are_nothing_when_nothing_records() -> None:
     tracer.log("loss", 1.0)
     tracer.declare(alpha=16)
@@ -184,6 +201,18 @@ def test_names_of_both_frameworks_meet_in_the_checkpoint_name(original: str, nam
     assert NameMap()(name).name == name
 
 
+def test_a_canonical_name_is_its_own_also_after_those_of_adapters() -> None:
+    names = NameMap()
+    factor = names("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight").name
+    assert names(factor).name == factor
+
+
+def test_the_second_adapters_copy_of_a_trained_module_has_a_name_of_its_own() -> None:
+    names = NameMap()
+    copies = [names(f"base_model.model.lm_head.modules_to_save.{adapter}.weight").name for adapter in ("a", "b", "a")]
+    assert copies == ["lm_head.weight", "lm_head.weight#b", "lm_head.weight"]
+
+
 def test_a_user_rule_comes_first_and_may_transpose() -> None:
     rules = parse_rules({r"^net\.": {"to": "model.", "transpose": True}, "^old$": "new"})
     assert NameMap(rules)("net.w").name == "model.w"
@@ -193,3 +222,19 @@ def test_a_user_rule_comes_first_and_may_transpose() -> None:
         parse_rules({"(": "x"})
     with pytest.raises(ValueError, match="needs a replacement"):
         parse_rules({"x": 3})
+
+
+def test_a_frozen_weight_is_read_before_the_run_can_change_it(tmp_path: Path) -> None:
+    weight = np.ones(2_000_000, np.float32)
+    frozen = make_record(NameMap(), "frozen", weight, "float32", stored=False)
+    recorder = Recorder(tmp_path / "a.h5", RecordOptions())
+    recorder.add(Phase.INIT, [values("w"), frozen])
+    recorder.end_step()
+    weight += 1.0  # unfrozen and trained, as soon as the run goes on
+    recorder.add(Phase.GRAD, [values("w")])
+    recorder.end_step()
+    recorder.close()
+    with open_trace(tmp_path / "a.h5") as trace:
+        row = trace.row(Phase.INIT, 0)
+        assert row is not None
+        assert row.stats[row.layout.positions["frozen"], 2] == 1.0

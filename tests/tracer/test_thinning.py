@@ -94,6 +94,14 @@ def test_steps_around_an_odd_loss_keep_their_tensors(tmp_path: Path, bad: float)
         assert check_trace(trace).problems == ()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), 9.0])
+def test_an_anomaly_that_lasts_keeps_the_tensors_around_its_beginning_only(tmp_path: Path, bad: float) -> None:
+    losses = [2.0] * 12 + [bad] * 20 + [2.0] + [bad]
+    with open_trace(write(tmp_path / "a.h5", LongRun(full_steps=1, around=2), losses)) as trace:
+        assert full(trace) == [1, 11, 12, 13, 14, 15, 32, 33, 34]
+        assert check_trace(trace).problems == ()
+
+
 def test_a_loss_that_falls_or_wavers_is_no_anomaly(tmp_path: Path) -> None:
     losses = [10.0 / step + 0.5 * (step % 3) for step in range(1, 25)]
     with open_trace(write(tmp_path / "a.h5", LongRun(full_steps=1), losses)) as trace:

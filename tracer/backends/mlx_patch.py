@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from itertools import repeat
+from operator import is_
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -75,7 +77,8 @@ def rebind(old: Any, new: Any) -> None:
     """Bind every name of every imported module that refers to `old` to `new`."""
     for module in list(sys.modules.values()):
         namespace = getattr(module, "__dict__", None)
-        if not isinstance(namespace, dict):
+        # Thousands of modules, nearly none of which has it: those are passed over without a loop of Python's own.
+        if not isinstance(namespace, dict) or not any(map(is_, list(namespace.values()), repeat(old))):
             continue
         for name in [name for name, value in list(namespace.items()) if value is old]:
             namespace[name] = new

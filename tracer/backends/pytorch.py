@@ -15,6 +15,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from itertools import repeat
+from operator import is_
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -175,7 +177,9 @@ class Backend:
             with self._recorder.guard():
                 limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value", math.inf))
                 given = args[2] if len(args) > 2 else kwargs.get("total_norm")
-                self._run.clipped(mode, float(limit), given if norm is None else norm)
+                tensors = args[0] if args else kwargs.get("parameters")
+                norm_found = given if norm is None else norm
+                self._run.clipped(mode, float(limit), norm_found, alone=_is_single(tensors))
             return norm
 
         return clip
@@ -303,6 +307,11 @@ def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(callable(value) for value in (*args[1:], kwargs.get("closure")))
 
 
+def _is_single(tensors: Any) -> bool:
+    """Whether a clip function was given one tensor.  What can be looked at only once was not looked at."""
+    return len(tensors) == 1 if isinstance(tensors, list | tuple) else hasattr(tensors, "element_size")
+
+
 def _compiling() -> bool:
     """Whether torch.compile traces us now; it answers that itself, without running anything."""
     import torch
@@ -314,6 +323,9 @@ def _swap(old: Function, new: Function) -> None:
     for module in list(sys.modules.values()):
         # Real modules only: a lazy one answers by importing.
         if not issubclass(type(module), ModuleType):
+            continue
+        # Thousands of modules, nearly none of which has it: those are passed over without a loop of Python's own.
+        if not any(map(is_, list(vars(module).values()), repeat(old))):
             continue
         for name, value in list(vars(module).items()):
             if value is old:

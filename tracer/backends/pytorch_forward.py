@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tracer.backends.pytorch_model import LORA_FACTORS
-from tracer.backends.pytorch_tensors import Taken, take, unrecorded_like
+from tracer.backends.pytorch_tensors import Taken, is_distributed, take, unrecorded_like
 from tracer.dtypes import BFLOAT16, float32_to_bf16, to_numpy
 from tracer.names import BASE_LAYER, LORA_DELTA
 from tracer.positions import relevant_positions
@@ -128,6 +128,8 @@ class Forwards:
         if forward is None:
             self._recorder.observe("forward.unrecorded", "the model is not given a batch of token rows")
             return None
+        # Before the first hook: should one of them fail, those before it are taken off again.
+        self._open = forward
         inner = root._modules.get("_orig_mod")
         if inner is not None:
             self._recorder.observe("forward.unrecorded", COMPILED)
@@ -138,7 +140,6 @@ class Forwards:
                 forward.handles.append(module.register_forward_hook(self._hook(forward, name, module)))
         # Called also when the forward raises.
         forward.handles.append(root.register_forward_hook(_End(self._recorder, self), always_call=True))
-        self._open = forward
         return forward
 
     def close(self) -> None:
@@ -294,12 +295,15 @@ def _rows(tensor: Any, positions: Positions) -> Taken:
     """Rows of a tensor [B, L, features] at some positions, copied: [n, features]."""
     import torch
 
+    if is_distributed(tensor):
+        # Picking rows of it would talk to the other processes, which may not be recording.
+        return replace(unrecorded_like(tensor), shape=(len(positions), int(tensor.shape[2])))
     with torch.no_grad(), _without_modes():
         try:
             at = torch.from_numpy(positions).to(tensor.device)
             return take(tensor.detach()[at[:, 0], at[:, 1]])
         except (RuntimeError, TypeError, NotImplementedError):
-            # A tensor subclass (sharded) whose rows cannot be picked.
+            # A tensor subclass whose rows cannot be picked.
             return replace(unrecorded_like(tensor), shape=(len(positions), int(tensor.shape[2])))
 
 
@@ -339,6 +343,8 @@ def token_losses(
 
     rows, length = shape
     if target.is_floating_point() or logits.ndim != 2 or target.ndim != 1 or length < 2:
+        return None
+    if is_distributed(logits) or is_distributed(target):
         return None
     if target.numel() not in (rows * length, rows * (length - 1)):
         return None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracer.backends.pytorch_registry import Named
-from tracer.backends.pytorch_tensors import Taken, no_gradient, take, unrecorded_like, unscaled
+from tracer.backends.pytorch_tensors import Taken, is_distributed, no_gradient, take, unrecorded_like, unscaled
 
 if TYPE_CHECKING:
     from tracer.recorder import Recorder
@@ -33,11 +33,11 @@ class MicroGradients:
                 self._handles.append(parameter.register_hook(self._hook(id(parameter))))
 
     def end(self, parameters: Sequence[Named], scale: float) -> dict[int, Taken]:
-        """The backward has ended: gradient of each parameter by id, unscaled; none where nothing arrived."""
+        """The backward has ended: gradient of each parameter by id, unscaled."""
         arrived = self._arrived
         self.discard()
         return {
-            id(p): unscaled(take(arrived[id(p)]), scale) if id(p) in arrived else no_gradient(p) for _, p in parameters
+            id(p): unscaled(take(arrived[id(p)]), scale) if id(p) in arrived else _not_arrived(p) for _, p in parameters
         }
 
     def discard(self) -> None:
@@ -58,6 +58,6 @@ class MicroGradients:
         return arrive
 
 
-def unseen(parameters: Sequence[Named]) -> dict[int, Taken]:
-    """What stands for the gradients of a micro-batch that could not be told from another's."""
-    return {id(p): unrecorded_like(p) for _, p in parameters}
+def _not_arrived(parameter: Any) -> Taken:
+    """What stands for a gradient that no hook saw: `fully_shard` gives its parameters theirs without autograd."""
+    return unrecorded_like(parameter) if is_distributed(parameter) else no_gradient(parameter)

@@ -58,9 +58,23 @@ def live_optimizers() -> list[Any]:
     """Optimizers that exist already; some may be left over from an earlier run."""
     import torch
 
-    found = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    found = _live(torch.optim.Optimizer)
     # Wrappers around an optimizer (accelerate's) are subclasses without groups of their own.
     return [o for o in found if "param_groups" in vars(o)]
+
+
+def _live(base: type[Any]) -> list[Any]:
+    """Objects of a class and of those derived from it.
+
+    By type(), not isinstance(): asking a lazy proxy for its class may import or run what the program did not.  The classes are
+    looked up first, since there are hundreds of thousands of objects.
+    """
+    kinds, new = {id(base)}, [base]
+    while new:
+        derived = [kind for one in new for kind in type.__subclasses__(one) if id(kind) not in kinds]
+        kinds |= {id(kind) for kind in derived}
+        new = derived
+    return [o for o in gc.get_objects() if id(type(o)) in kinds]
 
 
 def trainable(optimizer: Any) -> list[Any]:
@@ -74,8 +88,7 @@ class ModuleGraph:
     def __init__(self) -> None:
         import torch
 
-        # type(), not isinstance(): asking a lazy proxy for its class may import or run what the program did not.
-        modules = [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module) and "_modules" in vars(o)]
+        modules = [o for o in _live(torch.nn.Module) if "_modules" in vars(o)]
         self._parents: dict[int, list[Any]] = {}
         self._owners: dict[int, list[Any]] = {}
         for module in modules:

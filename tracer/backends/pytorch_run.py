@@ -10,7 +10,6 @@ referred to weakly or for the length of a step; methods may raise (their callers
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tracer.backends.pytorch_model import initial_records, is_flattened, model_f
 from tracer.backends.pytorch_optimizer import bias_correction, groups_of, merged, step_records, take_state
 from tracer.backends.pytorch_perturb import perturb
 from tracer.backends.pytorch_registry import Registry
-from tracer.backends.pytorch_step import Step
+from tracer.backends.pytorch_step import Clip, Step
 from tracer.backends.pytorch_tensors import Taken, numpy_rng_record, rng_records, take, unrecorded
 from tracer.schema import Phase, Record
 
@@ -229,12 +228,10 @@ class Run:
         """The program is about to clip: its gradients are what it has accumulated."""
         self._step.average()
 
-    def clipped(self, mode: str, limit: float, norm: Any) -> None:
-        """The program has clipped by norm (which returned the norm) or by value."""
-        if math.isfinite(limit) and self._step.clip is None:
-            self._step.clip = mode, limit
-        if hasattr(norm, "element_size"):
-            self._step.norms.append(take(norm))
+    def clipped(self, mode: str, limit: float, norm: Any, *, alone: bool) -> None:
+        """The program has clipped by norm (which returned the norm) or by value.  `alone`: a single tensor."""
+        taken = take(norm) if hasattr(norm, "element_size") else None
+        self._step.clips.append(Clip(mode, limit, taken, alone=alone and mode == "norm"))
 
     # The update.
 
@@ -361,9 +358,9 @@ class Run:
         groups = merged(step.groups)
         if len(groups) > 1:
             recorder.observe("optimizer.groups", {f"group{i}": list(g.names) for i, g in enumerate(groups)})
-        if step.clip is not None:
-            recorder.observe("clip.mode", step.clip[0])
-            recorder.observe("clip.value", step.clip[1])
+        if (clip := step.clipped()) is not None:
+            recorder.observe("clip.mode", clip[0])
+            recorder.observe("clip.value", clip[1])
         elif recorder.wants(Phase.CLIPPED_GRAD) and step.unclipped():
             recorder.observe("clip.mode", "none")
 

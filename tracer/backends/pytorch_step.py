@@ -6,6 +6,7 @@ replaced by one that was seen at another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,17 @@ from tracer.backends.pytorch_tensors import (
     unscaled,
 )
 from tracer.names import NameMap
-from tracer.schema import TOKEN_LOSS, Phase, Record
+from tracer.schema import REPORTED_PREFIX, TOKEN_LOSS, Phase, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A call of a clip function: how, at which bound, the norm that it returned; `alone`: it was given one tensor."""
+
+    mode: str
+    bound: float
+    norm: Taken | None
+    alone: bool
 
 
 @dataclass(slots=True)
@@ -47,8 +58,7 @@ class Step:
     grads: dict[int, Taken] | None = None
     # Factors that a GradScaler multiplied the losses of this step by.
     scales: set[float] = field(default_factory=set)
-    norms: list[Taken] = field(default_factory=list)
-    clip: tuple[str, float] | None = None
+    clips: list[Clip] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     # What the optimizer got, by id; the snapshot itself where the bits are equal.
     given: dict[int, Taken] = field(default_factory=dict)
@@ -75,7 +85,7 @@ class Step:
     def discard_micro_batches(self) -> None:
         """Forget the micro-batches so far: their gradients were thrown away without an update."""
         self.batches, self.losses, self.micro_grads, self.grads = [], [], [], None
-        self.scales, self.norms, self.clip = set(), [], None
+        self.scales, self.clips = set(), []
 
     def snapshot(self) -> None:
         """Copy the gradients as they are after a backward, unscaled."""
@@ -92,10 +102,11 @@ class Step:
         """Take note of a program that has divided its gradients by the number of micro-batches.
 
         That belongs to accumulating them, as where each loss is divided before its backward: the snapshot becomes what the
-        parameters hold now.  Anything else that a program does to gradients leaves the snapshot as it is.
+        parameters hold now.  Anything else that a program does to gradients leaves the snapshot as it is, and so does whatever
+        follows a clip.
         """
         count = len(self.losses)
-        if count < 2 or self.grads is None:
+        if count < 2 or self.grads is None or self.clipped() is not None:
             return
         now = {id(p): no_gradient(p) if p.grad is None else take(p.grad, live=True) for _, p in self.tracked}
         if all(is_share(self.grads[key], taken, count) for key, taken in now.items() if key in self.grads):
@@ -139,13 +150,27 @@ class Step:
         """Phase `grad`: accumulated, before clipping; and the norms that the run's clip function returned."""
         grads = self.grads or {}
         records = [record_of(names, name, grads.get(id(p)) or unrecorded_like(p)) for name, p in self.tracked]
-        single = len(self.norms) == 1
+        # Norms of single tensors have no counterpart in a run that clips by the norm of all of them.
+        by_tensor = self._clips_by_tensor()
+        norms = [clip.norm for clip in self.clips if clip.norm is not None and not (by_tensor and clip.alone)]
         return records + [
             Record(
-                f"reported.grad_norm{'' if single else f'.{i}'}", norm.data, norm.dtype, norm.shape, state=norm.state
+                f"{REPORTED_PREFIX}grad_norm{'' if len(norms) == 1 else f'.{i}'}",
+                norm.data, norm.dtype, norm.shape, state=norm.state,
             )
-            for i, norm in enumerate(self.norms)
-        ]
+            for i, norm in enumerate(norms)
+        ]  # fmt: skip
+
+    def _clips_by_tensor(self) -> bool:
+        """Whether the program clips each of several tensors by its own norm."""
+        return sum(clip.alone for clip in self.clips) > 1
+
+    def clipped(self) -> tuple[str, float] | None:
+        """How the program clips, and at which bound: as its first clip with a bound does; None without one."""
+        first = next((clip for clip in self.clips if math.isfinite(clip.bound)), None)
+        if first is None:
+            return None
+        return "tensor" if first.alone and self._clips_by_tensor() else first.mode, first.bound
 
     def unclipped(self) -> bool:
         """Whether the optimizer got exactly the gradients that the last backward left."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tracer.children import restarted
 from tracer.errors import TraceError
-from tracer.place import rank_files
+from tracer.place import place, rank_files, restarted
 from tracer.reader import open_trace
 from tracer.size import human_bytes
 
@@ -15,9 +14,10 @@ from tracer.size import human_bytes
 def ranks_recorded(output: Path, *, fingerprint: bool) -> bool:
     """Report the ranks' traces beside `output`, if there are any; of this process's own there was nothing to record.
 
-    With `fingerprint` they become one file, `output`, since a sketch of a part says nothing of the whole.
+    With `fingerprint` they become one file, `output`, since a sketch of a part says nothing of the whole.  A process that is a
+    rank itself leaves all of that alone: the others may still be writing.
     """
-    files = rank_files(output)
+    files = {} if place() is not None else rank_files(output)
     if not files:
         return False
     output.unlink(missing_ok=True)

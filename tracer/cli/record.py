@@ -183,6 +183,9 @@ def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]
         if program[:2] != BUILT_IN:
             print(f"trace: {error.line()}", file=sys.stderr)
         return code
+    # A launcher that was interrupted has closed a trace of its own, which would hide those of its ranks.
+    if not recorder.steps_recorded and ranks_recorded(output, fingerprint=options["fingerprint"]):
+        return code
     if options["fingerprint"] and recorder.steps_recorded:
         from tracer.shrink import shrink_in_place
 
