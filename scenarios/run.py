@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -37,6 +38,8 @@ def main(
     outcome: Path | None,
 ) -> None:
     """Train once on PATH; `trace paths` lists them."""
+    # PEFT reads an attribute that transformers 5 has renamed: nothing that who runs a built-in path can do anything about.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         result = run(path, config, overrides, model=model, init_from=init_from, batches_from=batches_from)
     except TraceError as error:

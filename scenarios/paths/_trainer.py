@@ -49,6 +49,14 @@ def _only_cpu(autocast: str) -> bool:
     return autocast != "none" and not torch.accelerator.is_available()
 
 
+def _checkpointing() -> str:
+    """The argument for gradient checkpointing, which transformers 5 has renamed."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing"
+    return new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+
+
 def _chosen(config: RunConfig) -> dict[str, Any]:
     """Arguments that are given only where the configuration says something of them."""
     train, clip = config.train, config.clip
@@ -56,7 +64,7 @@ def _chosen(config: RunConfig) -> dict[str, Any]:
     if clip.mode != "library":
         given["max_grad_norm"] = clip.value if clip.mode == "norm" else 0.0
     if train.checkpointing != "library":
-        given["gradient_checkpointing"] = train.checkpointing
+        given[_checkpointing()] = train.checkpointing
     if train.autocast != "library":
         given["bf16"] = train.autocast == "bfloat16"
     if isinstance(train.data_seed, int):
