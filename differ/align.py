@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracer.dtypes import DTYPES, to_float64
+from tracer.dtypes import DTYPES, is_float, to_float64
 from tracer.errors import BadConfig
-from tracer.names import TRANSPOSED, Rule, apply_rules
+from tracer.names import TRANSPOSED, Rule, apply_rules, split_state_name
 from tracer.reader import Layout, RowView, Trace
 from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
 
@@ -28,6 +28,8 @@ SMALL = 2**14
 KEPT = 512
 # Rows that are kept; a replay looks at those of a step and of the one before.
 LATEST = 16
+# Small derived values that are kept: a long run has some of every step.
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,16 @@ class Row:
         if i in self.names.transposed:
             values = np.ascontiguousarray(np.swapaxes(values, -1, -2))
         return Tensor(values, self.entry(name).dtype)
+
+    @cached_property
+    def float_state(self) -> Mapping[str, frozenset[str]]:
+        """Of a row of `opt_state`: parameter -> kinds of float state that are stored of it, counters aside."""
+        found: dict[str, set[str]] = {}
+        for name in self.positions:
+            parameter, kind = split_state_name(name)
+            if parameter and kind != "step" and is_float(self.entry(name).dtype) and self.stored(name):
+                found.setdefault(parameter, set()).add(kind)
+        return {parameter: frozenset(kinds) for parameter, kinds in found.items()}
 
     def scalar(self, name: str) -> float | None:
         """A one-element record as a number; None if there is none of that name, or no value in it."""
@@ -149,7 +161,7 @@ class Rows:
         self.trace = trace
         self._rules = rules
         self._names: dict[bytes, Names] = {}
-        self._memory: dict[tuple[object, ...], Any] = {}
+        self._memory: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._latest: OrderedDict[tuple[int, int, int], Row | None] = OrderedDict()
         self._tensors: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
 
@@ -179,10 +191,13 @@ class Rows:
         return row
 
     def remember(self, key: tuple[object, ...], compute: Callable[[], Any]) -> Any:
-        """A small derived value, computed once."""
-        if key not in self._memory:
-            self._memory[key] = compute()
-        return self._memory[key]
+        """A small derived value, computed once as long as it is among the latest ones."""
+        if key in self._memory:
+            return self._memory[key]
+        value = self._memory[key] = compute()
+        if len(self._memory) > REMEMBERED:
+            self._memory.popitem(last=False)
+        return value
 
     def _layout_names(self, layout: Layout) -> Names:
         known = self._names.get(layout.digest)

@@ -158,7 +158,8 @@ class _Engine:
         findings = self.tally.ordered()
         first = findings[0] if findings else None
         verdict = Verdict.DIVERGED if findings else Verdict.SAME
-        if self.tally.compared + self.tally.propagated == 0:
+        # Where everything is explained by what was not asked about, nothing was compared.
+        if self.tally.compared == 0 and not (findings and self.tally.propagated):
             verdict = Verdict.INCOMPARABLE
         context = Context(self.session.a, self.session.b, findings, tuple(self.tally.notes), self.options.policy)
         explanation = explain(context, verdict)

@@ -21,14 +21,18 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MatchedRow(Row):
-    """A row of `forward` of which only some positions are looked at: `kept` are their indices."""
+    """A row of `forward` of which only some positions are looked at: `kept` are their indices, of `recorded`.
+
+    A record that has not one row a position is none of them, and stays as it is.
+    """
 
     kept: npt.NDArray[np.intp]
+    recorded: int
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the rows that are looked at."""
         shape = super().shape(name)
-        return (len(self.kept), *shape[1:]) if shape else shape
+        return (len(self.kept), *shape[1:]) if shape[:1] == (self.recorded,) else shape
 
     def digest(self, name: str) -> bytes:  # noqa: ARG002 - the digest is that of all rows
         """None: a part of a record has no digest."""
@@ -42,6 +46,8 @@ class MatchedRow(Row):
     def read(self, name: str) -> Tensor:
         """The rows that are looked at; raises Damaged."""
         whole = super().read(name)
+        if whole.shape[:1] != (self.recorded,):
+            return whole
         return Tensor(whole.stored[self.kept], whole.dtype)
 
 
@@ -53,12 +59,15 @@ class Match:
     a: npt.NDArray[np.intp]
     b: npt.NDArray[np.intp]
     whole: bool
+    # How many positions either has.
+    recorded: tuple[int, int]
 
     def rows(self, a: Row, b: Row) -> tuple[Row, Row]:
         """Both rows as they are compared."""
         if self.whole:
             return a, b
-        return MatchedRow(a.view, a.names, self.a), MatchedRow(b.view, b.names, self.b)
+        of_a, of_b = self.recorded
+        return MatchedRow(a.view, a.names, self.a, of_a), MatchedRow(b.view, b.names, self.b, of_b)
 
 
 def match(a: Row, b: Row) -> Match | None:
@@ -66,13 +75,14 @@ def match(a: Row, b: Row) -> Match | None:
     mine, theirs = positions_of(a), positions_of(b)
     if mine is None or theirs is None:
         return None
+    recorded = (len(mine), len(theirs))
     if np.array_equal(mine, theirs):
         every = np.arange(len(mine))
-        return Match(mine, every, every, whole=True)
+        return Match(mine, every, every, whole=True, recorded=recorded)
     where = {(int(row), int(at)): i for i, (row, at) in enumerate(theirs)}
     pairs = [(i, where[int(row), int(at)]) for i, (row, at) in enumerate(mine) if (int(row), int(at)) in where]
     indices = np.array(pairs, np.intp).reshape(-1, 2)
-    return Match(mine[indices[:, 0]], indices[:, 0], indices[:, 1], whole=False)
+    return Match(mine[indices[:, 0]], indices[:, 0], indices[:, 1], whole=False, recorded=recorded)
 
 
 def positions_of(row: Row) -> Positions | None:

@@ -100,7 +100,7 @@ def delta_norm(phase: Phase, a: Row, b: Row, name: str) -> float:
 
 
 class NoiseFloor:
-    """The twins of one comparison.  `floors` answers for a phase and a step, in any order."""
+    """The twins of one comparison.  `floors` answers for a phase and a step; the steps of a phase ascend."""
 
     def __init__(self, twins: Sequence[Rows], a: Rows, b: Rows, quantile: float) -> None:
         self._twins = [_Twin(rows, sides_of(rows, a, b), quantile) for rows in twins]
@@ -131,7 +131,8 @@ class _Twin:
         self.unused = twin_of.reason
         self._quantile = quantile
         self._inputs = {id(side): Inputs(rows, side) for side in self.sides}
-        self._floors: dict[tuple[Phase, int], Floor | None] = {}
+        # The last step of each phase that was asked for, and its floor: a run may have more steps than fit in memory.
+        self._floors: dict[Phase, tuple[int, Floor | None]] = {}
         self._envelopes: dict[Phase, Envelope] = {}
         self._moved: dict[int, InputDistance] = {0: InputDistance(0.0, {})}
         self._parameters = Envelope(quantile)
@@ -144,10 +145,11 @@ class _Twin:
 
     def floor(self, phase: Phase, step: int) -> Floor | None:
         """Floor of a phase at a step; None where the twin is the run to the bit, or did not record the phase."""
-        last = max((known for at, known in self._floors if at is phase), default=0)
+        last, floor = self._floors.get(phase, (0, None))
         for following in range(last + 1, step + 1):
-            self._floors[phase, following] = self._next(phase, following)
-        return self._floors.get((phase, step))
+            floor = self._next(phase, following)
+            self._floors[phase] = following, floor
+        return floor
 
     def _next(self, phase: Phase, step: int) -> Floor | None:
         self._part_from_others(step)

@@ -5,7 +5,7 @@ accumulates them.  `settle` chooses the view under which both sides have equally
 in the one under which the first batches are the same; nothing is chosen by anything but counts and equality.
 
 A record that is to be the same on all ranks and is not (`RowView.drifts`) is a finding, at the record with the largest distance;
-what the model computes from there on is not compared.  Drift that both sides have to the bit is a note.
+what the model computes from there on is not compared.  Drift that both sides have to the bit is a note, and explains nothing.
 """
 
 from __future__ import annotations
@@ -131,10 +131,9 @@ def find_drift(session: Session, pair: RowPair) -> None:
                 session.note_once(Cause("ranks.drift", summary, step=pair.step, phase=pair.phase.label))
         if own:
             _find(session, pair, side, own)
-    if pair.phase is Phase.PARAM or pair.phase is Phase.INIT:
-        # From here on there is not one model.
-        session.model_blocked = True
-    session.step_blocked = True
+            # From here on there is not one model.
+            session.model_blocked |= pair.phase in (Phase.PARAM, Phase.INIT)
+            session.step_blocked = True
 
 
 def _bits(drift: Drift) -> tuple[object, ...]:

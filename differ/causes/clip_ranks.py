@@ -78,6 +78,15 @@ def _records(member: Trace, step: int) -> Iterator[tuple[str, RowView, int, Floa
             )
 
 
+def _clipped(member: Trace, step: int, name: str) -> Float64 | None:
+    """One clipped gradient of a rank, None if there is none."""
+    row = member.row(Phase.CLIPPED_GRAD, step)
+    i = None if row is None else row.layout.positions.get(name)
+    if row is None or i is None or not row.stored(i) or row.state(i) not in (State.VALUE, State.ZERO):
+        return None
+    return to_float64(row.read(i), row.layout.entries[i].dtype)
+
+
 def _ranks(members: Sequence[Trace], step: int) -> list[_Rank] | None:
     """The ranks' factors; None if one did anything but multiply all that it holds by one number."""
     found = []
@@ -144,13 +153,13 @@ def _replicas(
     other: str,  # noqa: ARG001
 ) -> list[Cause]:
     """Ranks that hold one gradient, and clip it by different factors."""
-    first = {name: clipped for name, _, _, _, clipped in _records(trace.members[0], step)}
     sums, names = Sums(), []
     odd = [number for number, rank in enumerate(ranks) if abs(rank.factor / ranks[0].factor - 1.0) > SAME]
     for number in odd:
         for name, _, _, _, clipped in _records(trace.members[number], step):
-            if name in first and first[name].shape == clipped.shape:
-                sums.add(first[name], clipped, clipped * (ranks[0].factor / ranks[number].factor))
+            first = _clipped(trace.members[0], step, name)
+            if first is not None and first.shape == clipped.shape:
+                sums.add(first, clipped, clipped * (ranks[0].factor / ranks[number].factor))
                 names.append(name)
     shown = ", ".join(f"rank {number} by {ranks[number].factor:.6g}" for number in (0, *odd))
     summary = f"{side} multiplies the same gradient by different factors: {shown}; each clips by a norm of its own"

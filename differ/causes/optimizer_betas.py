@@ -98,7 +98,9 @@ def _fit_beta(context: Context, side: str, step: int, names: list[str]) -> float
     top = bottom = 0.0
     for name in names:
         inputs = inputs_of(context, side, Phase.OPT_STATE, step, name)
-        if isinstance(inputs, MomentInputs) and inputs.kind in (FIRST_MOMENT, SECOND_MOMENT):
+        if not isinstance(inputs, MomentInputs) or inputs.gradient.size != inputs.after.size:
+            continue
+        if inputs.kind in (FIRST_MOMENT, SECOND_MOMENT):
             for away, moved in _deviations(inputs):
                 top += float(np.dot(moved, away))
                 bottom += float(np.dot(away, away))

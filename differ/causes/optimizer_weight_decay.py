@@ -33,7 +33,7 @@ from differ.causes.updates import (
     with_hyper,
 )
 from differ.replay.optimizer import UpdateInputs, update_block
-from differ.replay.rules.base import Rule
+from differ.replay.rules.base import UNUSABLE, Rule
 from differ.result import Cause
 from tracer.schema import Phase
 
@@ -174,8 +174,11 @@ def _estimate(context: Context, side: str, step: int, name: str) -> float | None
 
 def _least_squares(inputs: UpdateInputs, how: Rule) -> float | None:
     top = bottom = 0.0
-    for start in inputs.after.blocks():
-        w, after = inputs.before.block(start, start + BLOCK), inputs.after.block(start, start + BLOCK)
-        top += float(np.dot(w, w - update_block(inputs, how, start, w) - after))
-        bottom += float(np.dot(w, w))
+    try:
+        for start in inputs.after.blocks():
+            w, after = inputs.before.block(start, start + BLOCK), inputs.after.block(start, start + BLOCK)
+            top += float(np.dot(w, w - update_block(inputs, how, start, w) - after))
+            bottom += float(np.dot(w, w))
+    except UNUSABLE:
+        return None
     return top / (inputs.hyper.lr * bottom) if bottom > 0.0 and math.isfinite(top) else None

@@ -3,14 +3,16 @@
 Formulas, over the steps t that both sides recorded, tried in this order:
 
     ratio        lr_b(t) = c lr_a(t), from the first step that differs on
+    no warm-up   lr_b(t) = max lr_a up to the step w to which lr_a rises, to reach it there, and lr_a(t) from there on
     offset       lr_b(t) = lr_a(t + k), k an integer
     advanced     lr_b(t) = lr_a(1 + k (t - 1)), k >= 0: the scheduler steps k times a step (0: it never steps), or
                  lr_b(t) = lr_a(k t) where the scheduler counts from 1
-    no warm-up   lr_b(t) = max lr_a up to the step w at which lr_a reaches it, and lr_a(t) from there on
     constant     lr_b(t) = one value, where lr_a changes
 
-The same with a and b exchanged.  The share is that of the squared difference of the two series, over the steps for which
-the formula says something; at least two of them differ (for a ratio one is enough).
+The same with a and b exchanged.  A rate that stays at its peak after the warm-up is also that rate w steps ahead, and one that
+advances w times a step: those two say nothing about the first w steps of the other side, so the warm-up comes before them.  The
+share is that of the squared difference of the two series, over the steps for which the formula says something; at least two
+of them differ (for a ratio and a warm-up one is enough).
 
 Source: schedulers stepped once per process or per micro-batch (accelerate #963, #2926, transformers #24088), warm-up left
 out (UniRL #223), a schedule that is resumed off by one.
@@ -90,7 +92,7 @@ def _fit(a: Series, b: Series, steps: list[int]) -> Shape | None:
     both = (("b", "a", b, a), ("a", "b", a, b))
     tries: list[Iterator[Shape]] = [
         _ratio(a, b, steps),
-        *(rule(*sides, steps) for rule in (_offset, _advanced, _no_warmup, _constant) for sides in both),
+        *(rule(*sides, steps) for rule in (_no_warmup, _offset, _advanced, _constant) for sides in both),
     ]
     return next((shape for tried in tries for shape in tried), None)
 

@@ -2,7 +2,7 @@
 
 The records of `hparams` are the groups' settings, so they agree; each side's update follows from its own group, so the replay
 agrees too.  What decides is the settings that apply to a parameter: looked at once, where both sides have the same groups and
-at least one says who is in them.
+say who is in them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Final
 
-from differ.replay.gather import hyper_of
+from differ.replay.gather import hyper_of, members
 from differ.replay.rules.base import Hyper
 from differ.result import Finding, Kind
 from differ.session import RowPair, Session
@@ -24,10 +24,11 @@ def judge_groups(session: Session, pair: RowPair) -> None:
     listed = [rows.trace.observed.get(MEMBERS) for rows in (session.a, session.b)]
     if listed[0] == listed[1] or not all(isinstance(groups, dict) for groups in listed):
         return
-    if not session.first_time(pair.phase, MEMBERS) or not _same_groups(pair):
+    # Not under the phase: what is remembered there is a divergence.
+    if not session.first_time(MEMBERS) or not _same_groups(pair):
         return
-    a, b = ({str(name) for names in groups.values() for name in names} for groups in listed if isinstance(groups, dict))
-    for name in sorted(a & b):
+    a, b = (members(rows) for rows in (session.a, session.b))
+    for name in sorted(a.keys() & b.keys()):
         if session.options.wants_name(name):
             _judge(session, pair, name)
 
@@ -49,6 +50,7 @@ def _judge(session: Session, pair: RowPair, name: str) -> None:
         return
     words = [", ".join(f"{key} {value:g}" for key, value in side) for side in zip(*apart, strict=True)]
     session.step_blocked = True
+    session.first_time(pair.phase, MEMBERS)
     session.tally.find(
         Finding(
             pair.step, pair.phase.label, name, Kind.STATE, a=words[0], b=words[1],

@@ -54,10 +54,9 @@ def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     floor = noise_floor(pair)
     amplify = 1.0 / batch_loss(session, pair.step) if pair.phase is Phase.GRAD else 1.0
     repeats = not session.first_step_of(pair.phase, pair.step)
-    if not (blocked or repeats) and excused(
-        session, pair, names, lambda name: allowance(session, pair, name, amplify=amplify), floor
-    ):
-        return
+    if not (blocked or repeats):
+        small = excused(session, pair, names, lambda name: allowance(session, pair, name, amplify=amplify), floor)
+        names = [name for name in names if name not in small]
     diverged = False
     # Of a micro-batch's losses those of the tokens come first: the reduced one is made of them.
     for name in sorted(names, key=lambda name: name != TOKEN_LOSS) if pair.phase is Phase.LOSS else names:
@@ -92,12 +91,15 @@ def _judge_one(
             return False
         return _find_taught(session, pair, name, taught, repeats=repeats)
     allowed, apart = granted.error, granted.distance
-    if pair.phase is Phase.LOSS and name == LOSS and _find_irreproducible(session, pair, repeats=repeats):
-        return True
     a, b = _unweighted(session, pair, name)
     measured = distance(a, b)
     observed = measured.rel_l2(max(floor, delta_norm(pair.phase, pair.a, pair.b, name)))
-    if observed <= allowed and measured.nonfinite < 0:
+    within = observed <= allowed and measured.nonfinite < 0
+    # A user's own rule decides where a replay would.
+    replayed = pair.phase is Phase.LOSS and name == LOSS and not (within and session.tolerance(pair, name).explicit)
+    if replayed and _find_irreproducible(session, pair, repeats=repeats):
+        return True
+    if within:
         session.measured(pair, name, observed, allowed, distance=apart)
         return False
     if taught is not None and taught.excused:
@@ -170,9 +172,10 @@ def _detail(session: Session, pair: RowPair, name: str, tensors: tuple[Tensor, T
     reduced.
     """
     if pair.phase is Phase.FORWARD:
-        positions, width = positions_of(pair.a), tensors[0].shape[-1]
-        if positions is None or not width:
+        positions = positions_of(pair.a)
+        if positions is None or not len(positions) or tensors[0].shape[:1] != (len(positions),) or not tensors[0].size:
             return ""
+        width = tensors[0].size // len(positions)
         row, position = positions[(measured.nonfinite if measured.nonfinite >= 0 else measured.at) // width]
         return f"row {row} of the batch, position {position}"
     if pair.phase is Phase.LOSS and name == LOSS:

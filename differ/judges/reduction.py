@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from differ.align import Rows
-from differ.judges.loss import LOSS
+from differ.judges.loss import LOSS, TOKENS
 from differ.session import RowPair, Session
 from tracer.schema import REPORTED_PREFIX, Phase
 
@@ -58,7 +58,8 @@ def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | 
     if not _gradients_alike(session, pair.step):
         return None
     a, b = (_values(rows, Phase.LOSS, LOSS, pair.step, micro_batches) for rows in (session.a, session.b))
-    tokens = _values(session.a, Phase.BATCH, "tokens", pair.step, micro_batches)
+    # Batches that differ are found before; what one side alone recorded holds for both.
+    tokens = next((t for t in (_tokens(rows, pair.step, micro_batches) for rows in (session.a, session.b)) if t), None)
     if a is None or b is None:
         return None
     weights = {"mean": [1.0] * len(a), "1/K": [1.0 / len(a)] * len(a)}
@@ -70,6 +71,10 @@ def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | 
             pairs = zip(weights[mine], weights[theirs], strict=True)
             return Reductions(mine, theirs, left, dict(zip(micro_batches, pairs, strict=True)))
     return None
+
+
+def _tokens(rows: Rows, step: int, micro_batches: tuple[int, ...]) -> list[float] | None:
+    return _values(rows, Phase.BATCH, TOKENS, step, micro_batches)
 
 
 def _gradients_alike(session: Session, step: int) -> bool:

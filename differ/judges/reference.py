@@ -1,8 +1,8 @@
 """What the reference says of one record's two sides: whether their difference is news, and which side is wrong.
 
 Each side is held against the reference on its own inputs, so unequal inputs do not matter.  Where both follow it, under one
-reduction, whatever they differ by was in their inputs.  A gradient whose own loss does not follow is a consequence of that, and
-so is a loss behind a module whose output was found to differ.
+reduction, whatever they differ by was in their inputs.  A gradient whose own loss does not follow, and was found not to, is a
+consequence of that, and so is a loss behind a module whose output was found to differ.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _side(
     if error is None:
         return None
     limit = allowed(session.policy, measured, step, pair.phase, name)
-    earlier = pair.phase is Phase.GRAD and not losses_follow(session.policy, measured, step)
+    # Only a loss that was found explains: one that both sides have to the bit is wrong on both, and no finding.
+    found = Phase.LOSS in session.diverged_at
+    earlier = pair.phase is Phase.GRAD and found and not losses_follow(session.policy, measured, step)
     # A module's output that differs was found as such: what is made of it is no news.
     consequence = earlier or Phase.FORWARD in session.diverged_at
     return _Side(letter, error, limit, consequence)

@@ -5,7 +5,7 @@
                  within its own tolerance once c is undone: |b / sqrt(c) - a sqrt(c)| / max(|a|, |b|) <= allowed
 
 A learning rate rounded to bfloat16 or an auxiliary head counted with another length (Megatron-LM #3159) does this.  What
-c does not undo everywhere, and what a user's own rule judges, stays a divergence.  Whatever is excused is noted, with c, so
+c does not undo everywhere stays a divergence; a user's own rule judges alone.  Whatever is excused is noted, with c, so
 that `--fail-on note` fails.
 """
 
@@ -46,34 +46,42 @@ class _Record:
 
 def excused(
     session: Session, pair: RowPair, names: Sequence[str], granted: Callable[[str], Allowance], floor: float
-) -> bool:
-    """Whether the records of this row differ by one small ratio only; counts and notes them if so.
+) -> frozenset[str]:
+    """The records of this row that differ by one small ratio only, all or none but what a user's own rule judges; counts and
+    notes them.
 
     `names`: those whose bits differ.  `granted`: what a record may differ by.  `floor`: norm under which one is noise.
     """
-    systematic = session.policy.systematic
-    if pair.phase is not Phase.GRAD or pair.micro_batch != WHOLE_STEP or len(names) < FEWEST:
-        return False
-    sizes = [_norm(row) for row in (pair.a, pair.b)]
-    if not (systematic > 0.0 and min(sizes) > 0.0 and all(math.isfinite(size) for size in sizes)):
-        return False
-    ratio = sizes[1] / sizes[0]
-    if not abs(math.log(ratio)) <= systematic or _unmoved(pair, names):
-        return False
-    allowed = {name: granted(name) for name in names}
-    if not all(one.judges for one in allowed.values()) or any(session.tolerance(pair, n).explicit for n in names):
-        return False
+    judged = [] if pair.phase is not Phase.GRAD else [n for n in names if not session.tolerance(pair, n).explicit]
+    if pair.micro_batch != WHOLE_STEP or len(judged) < FEWEST:
+        return frozenset()
+    ratio = _ratio(session, pair)
+    if ratio is None or _unmoved(pair, names):
+        return frozenset()
+    allowed = {name: granted(name) for name in judged}
+    if not all(one.judges for one in allowed.values()):
+        return frozenset()
     # Half of it: less would pass as it is, and is a note of another kind.
     smallest = min(one.error for one in allowed.values())
-    if abs(ratio - 1.0) <= smallest / 2 or not _same_as_before(session, ratio, smallest):
-        return False
-    records = [_undo(pair, name, ratio, allowed[name], floor) for name in names]
+    if abs(math.log(ratio)) <= smallest / 2 or not _same_as_before(session, ratio, smallest):
+        return frozenset()
+    records = [_undo(pair, name, ratio, allowed[name], floor) for name in judged]
     if not all(one.left <= one.allowed.error for one in records):
-        return False
+        return frozenset()
     for one in records:
         session.measured(pair, one.name, one.left, one.allowed.error, distance=one.allowed.distance)
     _note(session, pair, ratio, smallest, records)
-    return True
+    return frozenset(judged)
+
+
+def _ratio(session: Session, pair: RowPair) -> float | None:
+    """The ratio of the two sides' gradients, None where it is not a small one."""
+    systematic = session.policy.systematic
+    sizes = [_norm(row) for row in (pair.a, pair.b)]
+    if not (systematic > 0.0 and min(sizes) > 0.0 and all(math.isfinite(size) for size in sizes)):
+        return None
+    ratio = sizes[1] / sizes[0]
+    return ratio if abs(math.log(ratio)) <= systematic else None
 
 
 def _norm(row: Row) -> float:
@@ -86,9 +94,9 @@ def _unmoved(pair: RowPair, names: Sequence[str]) -> bool:
     """Whether some gradient has the same bits on both sides: then it is not the whole phase."""
     moved = set(names)
     return any(
-        name in pair.b.positions and name not in moved and pair.a.state(name) is State.VALUE
+        name in pair.b.positions and pair.a.state(name) is State.VALUE and pair.a.digest(name) == pair.b.digest(name)
         for name in pair.a.positions
-        if not name.startswith(REPORTED_PREFIX)
+        if name not in moved and not name.startswith(REPORTED_PREFIX)
     )
 
 

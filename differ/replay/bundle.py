@@ -20,7 +20,7 @@ from differ.policy import ReplayTolerance
 from differ.replay.fit import Fit
 from differ.replay.optimizer import MomentInputs, UpdateInputs
 from differ.replay.rules import family_of
-from differ.replay.rules.base import Held, Lacking, Rule
+from differ.replay.rules.base import UNUSABLE, Held, Lacking, Rule
 
 Inputs = UpdateInputs | MomentInputs
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Bundle:
                 before, after = (_joined([getattr(one, side) for one in self._members]) for side in ("before", "after"))
                 self._whole = replace(first, before=before, after=after, held=_JoinedHeld(self._members))
             ((_, recorded, expected, allowed),) = self._whole.blocks(how, tolerance)
-        except Lacking:
+        except UNUSABLE:
             return None
         residual = np.abs(recorded - expected)
         allowed = np.broadcast_to(allowed, residual.shape)
@@ -114,6 +114,7 @@ class _JoinedHeld:
 
     def __init__(self, members: Sequence[Inputs]) -> None:
         self._held = [one.held for one in members]
+        self._sizes = [one.after.size for one in members]
         self.kinds = self._held[0].kinds
         self._known: dict[object, Tensor] = {}
 
@@ -137,7 +138,10 @@ class _JoinedHeld:
 
     def _join(self, key: object, read: Callable[[Held], Tensor | None]) -> Tensor:
         if key not in self._known:
-            self._known[key] = _joined([read(held) for held in self._held])
+            found = [read(held) for held in self._held]
+            if any(tensor is not None and tensor.size != n for tensor, n in zip(found, self._sizes, strict=True)):
+                raise Lacking
+            self._known[key] = _joined(found)
         return self._known[key]
 
 

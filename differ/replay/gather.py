@@ -17,7 +17,7 @@ from differ.inputs import parameters_before
 from differ.replay.optimizer import MomentInputs, UpdateInputs
 from differ.replay.rules import initial, moment_rules, update_rules
 from differ.replay.rules.base import Hyper
-from tracer.dtypes import DTYPES, is_float
+from tracer.dtypes import DTYPES
 from tracer.names import split_state_name, state_name
 from tracer.schema import Phase
 
@@ -85,8 +85,8 @@ def update_inputs(rows: Rows, row: Row, name: str) -> UpdateInputs | None:
     if hyper is None or before is None or before.shape != row.shape(name):
         return None
     held = Held(rows, step, name, hyper, kinds_of(rows, step, name))
-    # The settings are remembered by the rows, so they keep their identity.
-    rules = rows.remember(("rules", id(hyper), held.kinds), lambda: update_rules(held.kinds, hyper))
+    # What is remembered holds the settings, so that no others have their identity as long as it is.
+    _, rules = rows.remember(("rules", id(hyper), held.kinds), lambda: (hyper, update_rules(held.kinds, hyper)))
     # Adam's update is told by its state alone; nothing else is.
     if not rules or ("exp_avg_sq" not in held.kinds and held.gradient is None):
         return None
@@ -101,7 +101,8 @@ def moment_inputs(rows: Rows, row: Row, name: str) -> MomentInputs | None:
     if hyper is None:
         return None
     held = Held(rows, step, parameter, hyper, kinds_of(rows, step, parameter))
-    rules = rows.remember(("rules", id(hyper), held.kinds, kind), lambda: moment_rules(held.kinds, hyper, kind))
+    key = ("rules", id(hyper), held.kinds, kind)
+    _, rules = rows.remember(key, lambda: (hyper, moment_rules(held.kinds, hyper, kind)))
     if not rules or held.gradient is None:
         return None
     before = _state_before(rows, step, name, row, kind, hyper)
@@ -111,19 +112,7 @@ def moment_inputs(rows: Rows, row: Row, name: str) -> MomentInputs | None:
 def kinds_of(rows: Rows, step: int, parameter: str) -> frozenset[str]:
     """Kinds of float state that a trace holds of a parameter after a step."""
     row = rows.get(Phase.OPT_STATE, step)
-    if row is None:
-        return frozenset()
-    by_parameter: dict[str, frozenset[str]] = rows.remember(("kinds", step), lambda: _all_kinds(row))
-    return by_parameter.get(parameter, frozenset())
-
-
-def _all_kinds(row: Row) -> dict[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
-    for name in row.positions:
-        parameter, kind = split_state_name(name)
-        if parameter and is_float(row.entry(name).dtype) and row.stored(name):
-            found.setdefault(parameter, set()).add(kind)
-    return {parameter: frozenset(kinds - {"step"}) for parameter, kinds in found.items()}
+    return frozenset() if row is None else row.float_state.get(parameter, frozenset())
 
 
 def _state_before(rows: Rows, step: int, name: str, row: Row, kind: str, hyper: Hyper) -> Tensor | None:
@@ -173,10 +162,16 @@ def _settings(row: Row, group: str) -> dict[str, float]:
 
 def _group_of(rows: Rows, row: Row, parameter: str) -> str:
     """Name of the group that holds a parameter; with one group there is no list of members."""
-    members: dict[str, str] = rows.remember(("members",), lambda: _members(rows))
-    if parameter in members:
-        return members[parameter]
+    group = members(rows).get(parameter)
+    if group is not None:
+        return group
     return next((name for name in row.positions if name.startswith("group")), "group0").partition(".")[0]
+
+
+def members(rows: Rows) -> dict[str, str]:
+    """Parameter -> group, as a trace with several groups says; empty if it does not."""
+    known: dict[str, str] = rows.remember(("members",), lambda: _members(rows))
+    return known
 
 
 def _members(rows: Rows) -> dict[str, str]:

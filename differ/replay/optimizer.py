@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -19,10 +20,12 @@ from differ.compare import Float64
 from differ.policy import ReplayTolerance
 from differ.replay.fit import SMALLEST_NORMAL, Fit
 from differ.replay.rules import family_of
-from differ.replay.rules.base import Lacking, Replayed, Rule
+from differ.replay.rules.base import UNUSABLE, Replayed, Rule
 
 # Start, recorded, replayed, what each element may be off by.
 Block = tuple[int, Float64, Float64, Float64]
+# Times its allowance that a rule misses what a like rule gives, so that it is told apart from it.
+FAR: Final = 8.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class _Inputs(Replayed):
         try:
             for block in self.blocks(how, tolerance):
                 fit.add(*block)
-        except Lacking:
+        except UNUSABLE:
             return Fit.none(tolerance.spike)
         return fit
 
@@ -77,13 +80,28 @@ class UpdateInputs(_Inputs):
             return super()._fit(how, tolerance)
         fit = Fit(math.inf, length=length)
         try:
+            if self._closer_gives(how, tolerance):
+                return Fit.none(tolerance.spike)
             for start, after, expected, allowed in self.blocks(how, tolerance):
                 fit.add(start, after, expected, allowed)
                 w = self.before.block(start, start + BLOCK)
                 fit.add_along(expected - after, family.update(self, choices, start, w))
-        except Lacking:
+        except UNUSABLE:
             return Fit.none(tolerance.spike)
         return fit
+
+    def _closer_gives(self, how: Rule, tolerance: ReplayTolerance) -> bool:
+        """Whether the like rule without noise gives the output where this one, without its noise, is far off."""
+        closer = family_of(how).closer(dict(how))
+        if closer is None:
+            return False
+        exact, noisy = Fit(tolerance.spike), Fit(tolerance.spike)
+        for (start, after, given, allowed), (_, _, expected, _) in zip(
+            self.blocks(closer, tolerance), self.blocks(how, tolerance), strict=True
+        ):
+            exact.add(start, after, given, allowed)
+            noisy.add(start, after, expected, allowed)
+        return exact.ok and noisy.margin > FAR
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Table:
         """The verdict, in one line."""
         total = len(self.results)
         words = ("SAME", "DIVERGED") if self.plan.rule.compares else ("PASSED", "NOT PASSED")
-        word = words[self.passed != total - self.unanswered] if self.passed or not self.unanswered else "NO ANSWER"
+        word = words[self.passed != total - self.unanswered] if self.unanswered < total else "NO ANSWER"
         lost = f", {self.unanswered} gave no answer" if self.unanswered else ""
         verb = "are" if self.plan.rule.compares else "have"
         return f"{word}: {self.passed} of {total} runs {verb} {self.plan.against()}{lost}"

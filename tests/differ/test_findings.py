@@ -117,6 +117,16 @@ def test_traces_with_nothing_in_common_are_incomparable(compare: Compare) -> Non
     assert result.counts.compared == 0
 
 
+def test_what_is_all_explained_by_a_phase_that_was_left_out_is_incomparable_and_never_same(compare: Compare) -> None:
+    chosen = DiffOptions(phases=frozenset({Phase.LOSS}))
+    result = compare("batch_order", options=chosen)
+    assert result.findings == ()
+    assert result.counts.compared == 0
+    assert result.counts.propagated > 0
+    assert result.verdict is Verdict.INCOMPARABLE
+    assert compare("label_masked", options=chosen).verdict is Verdict.SAME
+
+
 def test_leaving_everything_out_is_incomparable_and_never_same(compare: Compare) -> None:
     result = compare(options=DiffOptions(only=("no.such.name",)))
 

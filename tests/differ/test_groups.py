@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from differ import DiffResult, Verdict, diff
 from differ.result import Kind
-from tests.builders import F32, record
+from tests.builders import F32, make_trace, record
+from tests.differ.causes.plant import A, B
+from tracer.reader import open_trace
 from tracer.schema import Phase, Row
+from tracer.shrink import shrink
 from tracer.writer import TraceWriter
 
 NORM, PROJECTION = "layers.0.norm.weight", "layers.0.proj.weight"
@@ -51,3 +55,19 @@ def test_a_parameter_in_another_group_is_found_in_the_settings_with_its_cause(tm
 def test_the_same_groups_and_groups_that_differ_in_nothing_are_the_same(tmp_path: Path) -> None:
     assert compared(tmp_path, [NORM], [NORM]).verdict is Verdict.SAME
     assert compared(tmp_path, [NORM], [PROJECTION], decay=0.0).verdict is Verdict.SAME
+
+
+@pytest.mark.parametrize("fault", ["param_stuck", "moment"])
+def test_groups_that_are_only_listed_otherwise_explain_nothing(fault: str, tmp_path: Path) -> None:
+    files = []
+    for name, names in (("a", [*A, *B]), ("b", [*B, *A])):
+        given = {"optimizer.groups": {"group0": names}}
+        whole = make_trace(tmp_path / f"{name}.h5", fault=fault if name == "b" else None, observed=given)
+        files.append(tmp_path / f"{name}.small.h5")
+        with open_trace(whole) as trace:
+            shrink(trace, files[-1])
+
+    result = diff(*files)
+
+    assert result.first is not None
+    assert result.first.phase in ("param", "opt_state")

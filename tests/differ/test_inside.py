@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from differ import DiffOptions, DiffResult, Verdict, diff
+from differ.policy import load_policy
 from tests.builders import F32, IGNORED, record
 from tracer.reader import open_trace
 from tracer.schema import POSITIONS, TOKEN_LOSS, WHOLE_STEP, Phase, Record, Row, State
@@ -230,6 +231,17 @@ def test_losses_of_tokens_on_one_side_only_are_no_finding(tmp_path: Path) -> Non
         assert compare(tmp_path, losses(TOKENS, MEAN), rows).verdict is Verdict.SAME
 
 
+def test_a_user_s_own_rule_decides_on_a_loss_that_its_token_losses_do_not_give(tmp_path: Path) -> None:
+    loose = tmp_path / "loose.toml"
+    loose.write_text('[[rule]]\nphase = "loss"\nbase = 0.2\n')
+    a = write(tmp_path / "a.h5", losses(TOKENS, MEAN))
+
+    for factor, verdict in ((1.1, Verdict.SAME), (1.5, Verdict.DIVERGED)):
+        b = write(tmp_path / "b.h5", losses(TOKENS, MEAN * factor))
+        assert diff(a, b).verdict is Verdict.DIVERGED
+        assert diff(a, b, DiffOptions(policy=load_policy(loose))).verdict is verdict
+
+
 # Gradients of micro-batches.
 
 
@@ -261,6 +273,21 @@ def test_gradients_of_losses_under_two_reductions_are_compared_without_their_wei
     assert result.verdict is verdict
     assert [found.micro_batch for found in result.findings] == [1] * (verdict is Verdict.DIVERGED)
     assert [note.id for note in result.notes if note.id == "loss.weighted"]
+
+
+@pytest.mark.parametrize("shape", [(), (3, 4), (0, 4), (len(EVERYWHERE), 2, 3), (len(EVERYWHERE), 0)], ids=str)
+@pytest.mark.parametrize("kept", [EVERYWHERE, EVERYWHERE[:7]], ids=["all", "some"])
+def test_outputs_that_have_not_one_row_a_position_are_compared_as_they_are(
+    tmp_path: Path, shape: tuple[int, ...], kept: Array
+) -> None:
+    def odd(value: float, positions: Array) -> Row:
+        of = (len(positions), *shape[1:]) if shape[:1] == (len(EVERYWHERE),) else shape
+        return Row(Phase.FORWARD, 1, 0, (record(POSITIONS, positions), record("odd", np.full(of, value, F32))))
+
+    result = compare(tmp_path, [odd(1, EVERYWHERE)], [odd(2, kept)])
+
+    assert [found.name for found in result.findings] == ["odd"] * bool(np.prod(shape))
+    assert compare(tmp_path, [odd(1, EVERYWHERE)], [odd(1, kept)]).verdict is Verdict.SAME
 
 
 def test_outputs_can_be_left_out_by_name(tmp_path: Path) -> None:

@@ -65,3 +65,23 @@ def test_one_micro_batch_has_one_reduction(tmp_path: Path) -> None:
     result = diff(a, b)
     assert result.first is not None
     assert result.first.phase == "loss"
+
+
+def test_token_counts_of_one_side_tell_the_reduction_of_both(tmp_path: Path) -> None:
+    without = frozenset(Phase) - {Phase.BATCH}
+    uneven = {"rows": 2, "micro_batches": 2}
+    counts = (10, 8)
+
+    def fewer(row: Row) -> Row:
+        if row.phase is not Phase.BATCH:
+            return row
+        tokens = np.int64(counts[row.micro_batch])
+        return replace(row, records=tuple(replace(r, data=tokens) if r.name == "tokens" else r for r in row.records))
+
+    a = make_trace(tmp_path / "a.h5", edit=fewer, **uneven)
+    b = make_trace(
+        tmp_path / "b.h5", edit=losses(lambda loss, m: loss * counts[m] / sum(counts)), what=without, **uneven
+    )
+    for result in (diff(a, b), diff(b, a)):
+        assert result.verdict is Verdict.SAME
+        assert [note.id for note in result.notes if note.id == "loss.weighted"]

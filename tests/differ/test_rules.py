@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from differ import DiffResult, Verdict
+from tests.differ.causes.plant import B, with_data
 from tests.differ.conftest import Compare
+from tracer.schema import Phase, Row
 
 
 def rules(result: DiffResult, phase: str) -> dict[str | None, Any]:
@@ -140,3 +145,52 @@ def test_a_run_without_recorded_settings_is_compared_across(compare: Compare) ->
 
     assert result.verdict is Verdict.SAME, result.first
     assert any(note.id == "rule.unrecorded" for note in result.notes)
+
+
+def reshaped(phase: Phase, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Row], Row]:
+    """Records of layer 1's lora_B in one phase, of another shape than in the others."""
+
+    def edit(row: Row) -> Row:
+        if row.phase is not phase:
+            return row
+        records = [r if B[1] not in r.name or r.data is None else with_data(r, change(r.data)) for r in row.records]
+        return replace(row, records=tuple(records))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.reshape(-1)[:5].copy(),
+        lambda x: x.reshape(-1)[0].copy(),
+        lambda x: x[:0].copy(),
+        lambda x: x.T.copy(),
+    ],
+    ids=["shorter", "a scalar", "empty", "transposed"],
+)
+@pytest.mark.parametrize("phase", [Phase.GRAD, Phase.CLIPPED_GRAD, Phase.OPT_STATE, Phase.PARAM])
+def test_what_is_of_another_shape_than_its_inputs_is_no_error(
+    phase: Phase, change: Callable[[np.ndarray], np.ndarray], compare: Compare
+) -> None:
+    edit = reshaped(phase, change)
+
+    result = compare(clip="value", clip_value=0.01, edit=edit, b={"lr": 0.0101})
+
+    assert result.first is not None
+    assert result.first.name == "group0.lr"
+    assert compare(clip="value", clip_value=0.01, b={"edit": edit}).first is not None
+
+
+@pytest.mark.parametrize("beta", ["beta1", "beta2"])
+def test_a_beta_of_one_is_no_error(beta: str, compare: Compare) -> None:
+    def edit(row: Row) -> Row:
+        if row.phase is not Phase.HPARAMS:
+            return row
+        one = np.asarray(1.0)
+        return replace(row, records=tuple(replace(r, data=one) if r.name.endswith(beta) else r for r in row.records))
+
+    result = compare(edit=edit)
+
+    assert result.verdict is Verdict.SAME
+    assert "rule.unknown" in {note.id for note in result.notes}

@@ -179,7 +179,7 @@ def test_an_interrupted_comparison_in_a_pipe_is_130_and_one_line(slow: tuple[Pat
 
 
 @pytest.mark.parametrize("options", [(), ("--fingerprint",), ("--twin",)])
-def test_an_interrupted_recording_is_130_one_line_and_an_unfinished_trace(
+def test_an_interrupted_recording_is_130_one_line_more_and_an_unfinished_trace(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     program = tmp_path / "endless.py"
@@ -193,9 +193,10 @@ def test_an_interrupted_recording_is_130_one_line_and_an_unfinished_trace(
         os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), err
-    assert err.count("\n") == 1
-    assert err.startswith(f"trace: interrupted, wrote {output}: ")
-    assert err.endswith(", unfinished\n")
+    began, ended = err.splitlines()
+    assert began.startswith(f"trace: recording {output.name}: ")
+    assert ended.startswith(f"trace: interrupted, wrote {output}: ")
+    assert ended.endswith(", unfinished")
     with open_trace(output) as trace:
         assert not trace.finished
         assert trace.end["reason"] == "interrupted"

@@ -23,7 +23,7 @@ import numpy as np
 from differ.align import BLOCK
 from differ.compare import Float64
 from differ.replay.rules.adam import FIRST_MOMENT, SECOND_MOMENT
-from differ.replay.rules.base import Choices, Family, Hyper, Replayed, given, rms, rule, rules, whole
+from differ.replay.rules.base import Choices, Family, Hyper, Lacking, Replayed, given, rms, rule, rules, whole
 from tracer.dtypes import EPSILON
 
 ROWS: Final = ("exp_avg_sq_row", "row_var")
@@ -105,9 +105,13 @@ def _squares(inputs: Replayed) -> Float64:
     squares = np.square(inputs.whole_g({}))
     if inputs.kind not in _TORCH:
         squares = squares + inputs.hyper.get("eps1", 1e-30)
-    if inputs.kind in ROWS:
-        return np.asarray(squares.mean(axis=-1))
-    return np.asarray(squares.mean(axis=-2)) if inputs.kind in COLUMNS else squares
+    if inputs.kind in ROWS or inputs.kind in COLUMNS:
+        if squares.ndim < 2:
+            raise Lacking
+        squares = np.asarray(squares.mean(axis=-1 if inputs.kind in ROWS else -2))
+    if squares.size != inputs.after.size:
+        raise Lacking
+    return squares
 
 
 def _step(inputs: Replayed) -> Float64:
@@ -118,14 +122,20 @@ def _step(inputs: Replayed) -> Float64:
 
 def _compute_step(inputs: Replayed) -> Float64:
     g, held, hyper = inputs.whole_g({}), inputs.held, inputs.hyper
+    if g.shape != inputs.after.shape:
+        raise Lacking
     least = 0.0
     if held.kinds & _TORCH:
         eps1 = hyper.get("eps1", EPSILON.get(inputs.after.dtype, 0.0))
         least = eps1 * eps1
     if held.kinds & {*WHOLE}:
         second = whole(given(held.state(next(iter(held.kinds & {*WHOLE})))))
+        if second.shape != g.shape:
+            raise Lacking
     else:
         row, col = (whole(given(held.state(next(iter(held.kinds & {*both}))))) for both in (ROWS, COLUMNS))
+        if g.ndim < 2 or row.size * g.shape[-1] != g.size or col.size * g.shape[-2] != g.size:
+            raise Lacking
         row, col = row.reshape(*g.shape[:-1], 1), col.reshape(*g.shape[:-2], 1, g.shape[-1])
         mean = row.mean(axis=-2, keepdims=True)
         second = row * col / (np.maximum(mean, np.sqrt(least)) if least else mean)

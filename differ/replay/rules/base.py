@@ -117,28 +117,42 @@ class Replayed:
         return given(self.held.gradient)
 
     def g(self, start: int, choices: Choices) -> Float64:
-        """One block of the gradient, coupled decay added."""
-        g = self.gradient.block(start, start + BLOCK)
-        if choices.get("decay") == "coupled" and self.hyper.weight_decay:
-            g = g + self.hyper.weight_decay * given(self.held.parameter).block(start, start + BLOCK)
-        return g
+        """One block of the gradient, which has the output's elements, coupled decay added."""
+        return self._decayed(self._alike(self.gradient, self.after), start, choices)
 
     def whole_g(self, choices: Choices) -> Float64:
         """The whole gradient in its shape, coupled decay added."""
-        parts = [self.g(start, choices) for start in self.gradient.blocks()]
+        parts = [self._decayed(self.gradient, start, choices) for start in self.gradient.blocks()]
         return np.concatenate(parts).reshape(self.gradient.shape) if parts else np.zeros(self.gradient.shape)
 
     def state(self, kind: str, start: int) -> Float64:
-        """One block of state after the update."""
-        return given(self.held.state(kind)).block(start, start + BLOCK)
+        """One block of state after the update, which has the output's elements."""
+        return self._alike(given(self.held.state(kind)), self.after).block(start, start + BLOCK)
 
     def earlier(self, kind: str, start: int) -> Float64:
-        """One block of state before the update."""
-        return given(self.held.earlier(kind)).block(start, start + BLOCK)
+        """One block of state before the update, which has the output's elements."""
+        return self._alike(given(self.held.earlier(kind)), self.after).block(start, start + BLOCK)
+
+    def _decayed(self, gradient: Tensor, start: int, choices: Choices) -> Float64:
+        g = gradient.block(start, start + BLOCK)
+        if choices.get("decay") == "coupled" and self.hyper.weight_decay:
+            parameter = self._alike(given(self.held.parameter), gradient)
+            g = g + self.hyper.weight_decay * parameter.block(start, start + BLOCK)
+        return g
+
+    @staticmethod
+    def _alike(tensor: Tensor, other: Tensor) -> Tensor:
+        if tensor.size != other.size:
+            raise Lacking
+        return tensor
 
 
 class Lacking(LookupError):
-    """A rule asked for something that the trace does not hold."""
+    """A rule asked for something that the trace does not hold, or holds in another shape."""
+
+
+# What a rule that says nothing of its inputs ends with: a beta of 1 is a division by zero.
+UNUSABLE: Final = (Lacking, ArithmeticError)
 
 
 def given(tensor: Tensor | None) -> Tensor:
@@ -189,6 +203,11 @@ class Family(abc.ABC):
 
     def length(self, choices: Choices) -> float | None:
         """Relative error that the length of an update may have, where its elements are too noisy to be judged one by one."""
+        del choices
+        return None
+
+    def closer(self, choices: Choices) -> Rule | None:
+        """Of a rule with a `length`: the like rule whose elements are judged one by one."""
         del choices
         return None
 

@@ -9,8 +9,8 @@
 
 torch iterates in bfloat16, MLX in the dtype of the run.  The former is replayed with every intermediate result rounded: to the
 bit for matrices of up to 64 x 64; in larger ones (512 x 512, random and of rank 4) the order of the sums moves X by up to 1.3 %,
-in directions of its own, and its length by 1.5e-4.  So X as a whole is judged there, and its length.  A scalar or vector is
-not made orthogonal.
+in directions of its own, and its length by 1.5e-4.  So X as a whole is judged there, and its length; what an iteration in the
+dtype of the run gives is not taken for one in bfloat16.  A scalar or vector is not made orthogonal.
 
 Sources: torch.optim.Muon, mlx.optimizers.Muon; Jordan et al. 2024, kellerjordan.github.io/posts/muon.
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from differ.align import BLOCK
 from differ.compare import Float64
-from differ.replay.rules.base import ADDED, Choices, Family, Hyper, Replayed, rules
+from differ.replay.rules.base import ADDED, Choices, Family, Hyper, Replayed, Rule, rule, rules
 from tracer.dtypes import bf16_to_float32, float32_to_bf16
 
 BUFFER: Final = "momentum_buffer"
@@ -78,6 +78,10 @@ class Muon(Family):
     def length(self, choices: Choices) -> float | None:
         """That of an iteration in bfloat16."""
         return _LENGTH if choices["iterated"] == "bfloat16" else None
+
+    def closer(self, choices: Choices) -> Rule | None:
+        """Of an iteration in bfloat16 the one in the dtype of the run."""
+        return None if self.length(choices) is None else rule(**{**choices, "iterated": "full"})
 
     def moment(self, inputs: Replayed, choices: Choices, start: int) -> tuple[Float64, Float64]:
         """The buffer."""

@@ -17,7 +17,7 @@ import numpy as np
 from differ.align import BLOCK
 from differ.compare import Float64
 from differ.replay.rules.adam import FIRST_MOMENT, MOMENT_RULES, SECOND_MOMENT, running_mean
-from differ.replay.rules.base import Choices, Family, Hyper, Replayed, rule, rules
+from differ.replay.rules.base import Choices, Family, Hyper, Replayed, given, rule, rules
 
 PRODUCT: Final = "mu_product"
 
@@ -40,7 +40,7 @@ class NAdam(Family):
         """The gradient and the mean, each with its own momentum."""
         del w
         hyper = inputs.hyper
-        product = float(inputs.state(PRODUCT, 0)[0])
+        product = float(given(inputs.held.state(PRODUCT)).block(0, 1)[0])
         now, ahead = _momentum(hyper, hyper.step), _momentum(hyper, hyper.step + 1)
         size = np.sqrt(inputs.state(SECOND_MOMENT, start) / (1.0 - hyper.beta2**hyper.step)) + hyper.eps
         g, m = inputs.g(start, choices), inputs.state(FIRST_MOMENT, start)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from differ import Cause, DiffResult, Verdict
 from differ.command import diff as command
 from tests.builders import F32
-from tests.differ.causes.plant import causes, edited, mirrored, scaled, with_data
+from tests.differ.causes.plant import B, causes, edited, mirrored, scaled, with_data
 from tests.differ.conftest import Compare
 from tracer.schema import Phase
 
@@ -189,6 +189,27 @@ def test_a_small_ratio_diverges_where_a_user_s_own_rule_says_so(compare: Compare
     own.write_text('[[rule]]\nphase = "grad"\nbase = 5e-5\n')
 
     assert compare(b={"tamper": scaled(1.0003)}, options=options(own)).verdict is Verdict.DIVERGED
+
+
+def test_a_wider_rule_for_one_gradient_makes_no_finding_of_the_others(compare: Compare, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(f'[[rule]]\nphase = "grad"\nname = "{B[0]}"\nbase = 1e-2\n')
+
+    result = compare(b={"tamper": scaled(1.0003)}, options=options(own))
+
+    assert result.verdict is Verdict.SAME
+    (note,) = systematic(result)
+    assert B[0] not in note.names
+    assert B[1] in note.names
+
+
+def test_a_small_ratio_is_a_note_of_the_gradients_that_were_asked_for(compare: Compare) -> None:
+    from differ import DiffOptions
+
+    result = compare(b={"tamper": scaled(1.0003)}, options=DiffOptions(only=("*layers.[01].*",)))
+
+    assert result.verdict is Verdict.SAME
+    assert [note.id for note in systematic(result)] == ["grad.scale"]
 
 
 def test_a_small_ratio_of_some_gradients_is_no_systematic_effect(compare: Compare) -> None:

@@ -88,6 +88,31 @@ def test_a_warm_up_that_is_left_out(tmp_path: Path) -> None:
     assert side == "b"
 
 
+def constant_after(warmup: int) -> Schedule:
+    """Linear warm-up from 0, then the peak."""
+    return lambda t: LR * min(1.0, (t - 1) / warmup)
+
+
+@pytest.mark.parametrize("warmup", [1, 2, WARMUP, STEPS - 1])
+def test_a_warm_up_to_a_constant_rate_is_left_out(warmup: int, tmp_path: Path) -> None:
+    found, mirrored, side, step = parameters(tmp_path, constant_after(warmup), lambda t: LR)
+
+    assert found == mirrored == {"form": "no_warmup", "steps": warmup + 1, "peak": LR}
+    assert (side, step) == ("b", 1)
+
+
+def test_a_warm_up_that_is_two_steps_ahead_is_no_missing_one(tmp_path: Path) -> None:
+    found, *_ = parameters(tmp_path, constant_after(WARMUP), lambda t: constant_after(WARMUP)(t + 2))
+
+    assert found == {"form": "offset", "steps": 2}
+
+
+def test_a_constant_rate_at_another_peak_is_no_missing_warm_up(tmp_path: Path) -> None:
+    found, *_ = parameters(tmp_path, constant_after(2), lambda t: 3e-4)
+
+    assert found == {"form": "constant", "value": 3e-4}
+
+
 def test_a_constant_rate_against_a_schedule(tmp_path: Path) -> None:
     found, _, side, _ = parameters(tmp_path, cosine, lambda t: 3e-4)
 
