@@ -77,7 +77,7 @@ def _described(entry: Entry) -> Iterator[str]:
     if entry.emulated:
         yield f"emulated  {entry.emulated}"
     for arm in entry.arms.values():
-        what = f"{'program' if arm.program else 'path'} {arm.runner}"
+        what = f"{'program' if arm.program else 'path'} {arm.runner}{f' on {arm.ranks} ranks' if arm.ranks > 1 else ''}"
         settings = ", ".join(f"{key} = {value}" for key, value in {**arm.settings, **arm.options}.items())
         taken = [f"{word} of {name}" for word, name in (("adapters", arm.init), ("batches", arm.batches)) if name]
         yield f"{f'arm {arm.name} ':<10}{'; '.join(filter(None, [what, settings, ', '.join(taken)]))}"
@@ -89,17 +89,23 @@ def _described(entry: Entry) -> Iterator[str]:
 @click.argument("names", metavar="[ID]...", nargs=-1, type=_Id())
 @click.option("--all", "everything", is_flag=True, help="All entries.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Processes at a time (default: one for each core).")
+@click.option(
+    "--seeds", type=click.IntRange(1), metavar="N", help="Each N times, with other seeds; how many are right."
+)
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True, help="Of the results.")
 @click.option(
     "--keep", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Leave traces and HTML reports."
 )
-def run(names: tuple[str, ...], everything: bool, jobs: int | None, form: str, keep: Path | None) -> int:
+def run(
+    names: tuple[str, ...], everything: bool, jobs: int | None, seeds: int | None, form: str, keep: Path | None
+) -> int:
     """Record both arms of each entry and the clean one, compare them, and hold that against what is expected.
 
     \b
     trace scenarios run --all
     trace scenarios run bug-05-no-bias-correction --keep out
     trace scenarios run --all --format junit > scenarios.xml
+    trace scenarios run bug-05-no-bias-correction --seeds 15
 
     Exit codes: 0 all as expected, 1 some not, 2 a run failed or nothing could be run.
     """
@@ -108,8 +114,11 @@ def run(names: tuple[str, ...], everything: bool, jobs: int | None, form: str, k
     from differ.terminal import progress
     from scenarios.catalogue.reports import FORMATS as RENDER
     from scenarios.catalogue.running import run_all
+    from scenarios.catalogue.seeds import table, with_seeds
 
     entries = catalogue.load_all(names)
+    if seeds is not None:
+        entries = with_seeds(entries, seeds)
     with _folder(keep) as folder, progress("scenarios", unit="task") as told:
         report = run_all(
             entries,
@@ -118,7 +127,7 @@ def run(names: tuple[str, ...], everything: bool, jobs: int | None, form: str, k
             html=keep is not None,
             progress=told or _silent,
         )
-    click.echo(RENDER[form](report), nl=False)
+    click.echo(table(report) if seeds is not None and form == "text" else RENDER[form](report), nl=False)
     if keep is not None:
         click.echo(f"wrote {keep}", err=True)
     return report.exit_code

@@ -5,7 +5,8 @@
     emulated = "why"                  only where the real code cannot run on the machines that this is run on
     settings = {…}                    of all arms
     [arms.NAME]                       path or program; settings and options of its own; `from`, `init`, `batches`: an arm
-                                      whose adapters or batches it takes; `record`: what else is recorded
+                                      whose adapters or batches it takes; `record`: what else is recorded; `ranks`: how many
+                                      processes torchrun starts of a program
     [[expect]]                        of two arms (a and b unless said): verdict, step, phase, names, causes;
                                       or of one arm: the error with which its recording ends
 
@@ -38,7 +39,7 @@ _ENTRY: Final = {
 }  # fmt: skip
 _ARM: Final = {
     "path": str, "program": str, "like": str, "settings": dict, "options": dict, "from": str, "init": str,
-    "batches": str, "record": dict,
+    "batches": str, "record": dict, "ranks": int,
 }  # fmt: skip
 _RECORD: Final = {"forward": bool, "micro_grads": bool, "token_loss": bool}
 _EXPECT: Final = {
@@ -67,6 +68,7 @@ class ArmSpec:
     init: str | None
     batches: str | None
     record: Mapping[str, bool]
+    ranks: int = 1
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -217,6 +219,8 @@ def _arm(place: str, name: str, given: Mapping[str, Any]) -> ArmSpec:
         raise BadConfig(f"{place} needs either path or program")
     if given["options"] and "path" in given:
         raise BadConfig(f"{place}: options belong to a program", "use settings")
+    if given.get("ranks", 1) < 1 or (given.get("ranks", 1) > 1 and "path" in given):
+        raise BadConfig(f"{place}: ranks are processes of a program, 1 or more")
     _known(f"{place}.record", given["record"], _RECORD)
     return ArmSpec(
         name=name,
@@ -227,6 +231,7 @@ def _arm(place: str, name: str, given: Mapping[str, Any]) -> ArmSpec:
         init=given.get("init", given.get("from")),
         batches=given.get("batches", given.get("from")),
         record=given["record"],
+        ranks=given.get("ranks", 1),
     )
 
 
@@ -317,6 +322,7 @@ def identity(arms: Mapping[str, ArmSpec], name: str) -> dict[str, Any]:
         "program": arm.program,
         "settings": parse(_nested(arm.settings)).flat(),
         "options": dict(sorted(arm.options.items())),
+        "ranks": arm.ranks,
         "init": identity(arms, arm.init) if arm.init else None,
         "batches": identity(arms, arm.batches) if arm.batches else None,
         "record": {key: value for key, value in sorted(arm.record.items()) if value},

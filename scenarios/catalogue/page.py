@@ -26,6 +26,7 @@ trace scenarios show bug-05-no-bias-correction
 trace scenarios run --all
 trace scenarios run bug-05-no-bias-correction --keep out     # leaves the traces and an HTML report of each pair
 trace scenarios run --all --format junit > scenarios.xml
+trace scenarios run bug-05-no-bias-correction --seeds 15     # each run with 15 seeds; how many are as expected
 ```
 
 The runs are real ones of tiny models, on the libraries named. Where the code of a bug cannot run on an ordinary machine,
@@ -35,6 +36,12 @@ or nothing could be run.
 **A new scenario is one new file** in `scenarios/catalogue/entries`: title, finding, source, the arms as settings of a
 training path or as a program in `scenarios/catalogue/programs`, and what is expected: step, phase, names, causes with their
 numbers. A wrong expectation fails.
+
+**Which runs share a process.** Importing the frameworks takes several times as long as training a tiny model, so one process
+records run after run of one training path, and the programs that name that path as `BESIDE`. After each run the process
+is looked over for what a run may leave: hooks, replaced functions, flags of the framework. If there is any, a new process takes
+over; random states, environment and warning filters are put back. A program without `BESIDE` is always alone. With `ranks = 2`
+in an arm torchrun starts two processes, which write a trace each.
 """
 _STORY: Final = """
 ## One parity hunt

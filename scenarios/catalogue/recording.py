@@ -1,34 +1,26 @@
 """Record the arms of the entries asked for, each different run once, into one folder.
 
 A run is known by its content (`entry.identity`), so entries that have an arm in common share its trace.  Arms that take
-adapters or batches from another are recorded after it, in waves.  One process records several arms, but never of two paths:
-a training library may change its framework for the whole process.
+adapters or batches from another are recorded after it.  Importing a framework takes longer than training a tiny model, so one
+process records several arms, but never of two paths: a training library may change its framework for the whole process.  Programs
+that change nothing in theirs are recorded beside the arms of a path (`programs.beside`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from scenarios.catalogue import programs
 from scenarios.catalogue.entry import Entry, identity
+from scenarios.catalogue.processes import Host, Schedule, Task
 from scenarios.paths import path_info
 
-# An arm of one process more than this many goes to another process, where there is one free.
-_LEAST_IN_PROCESS: Final = 4
-_TAIL: Final = 6
-# Arms are tiny runs; a process that takes longer than this hangs, seconds.
-TIMEOUT: Final = 600.0
 Told = Callable[[], None]
 
 
@@ -49,9 +41,17 @@ class Job:
 
     @property
     def runner(self) -> tuple[bool, str]:
-        """Program or path, and its name: what may share a process."""
+        """Whether it is a program, and the name of the program or path."""
         spec = self.entry.arms[self.arm]
         return spec.program, spec.runner
+
+    @property
+    def host(self) -> Host:
+        """What it may share a process with.  A program of its own imports what it will, when it will."""
+        is_program, name = self.runner
+        path = programs.beside(name) if is_program else name
+        ranks = self.entry.arms[self.arm].ranks
+        return Host(f"program {name}", ranks=ranks) if path is None else Host(path, path_info(path).needs, ranks)
 
     def missing(self) -> tuple[str, ...]:
         """Packages that it needs and that are not installed."""
@@ -99,88 +99,45 @@ def jobs_of(entries: Iterable[Entry]) -> dict[str, Job]:
 
 def record_all(entries: Sequence[Entry], folder: Path, *, workers: int, told: Told = lambda: None) -> Recorded:
     """Record what the entries need; `told` is called after each run, recorded or not."""
-    jobs, recorded = jobs_of(entries), Recorded(folder)
-    waiting = dict(jobs)
+    recorded, runnable = Recorded(folder), []
+    for job in jobs_of(entries).values():
+        if _refused(job, recorded):
+            told()
+        else:
+            runnable.append(job)
+
+    def note(key: str, answer: Mapping[str, Any]) -> None:
+        if "error" in answer:
+            recorded.failures[key] = Failure(answer["error"], answer["slug"])
+        told()
+
+    schedule = Schedule([_task(job, recorded) for job in runnable], folder, note)
     with ThreadPoolExecutor(workers) as pool:
-        while waiting:
-            ready = [job for job in waiting.values() if not any(source in waiting for source in job.sources)]
-            for job in ready:
-                del waiting[job.key]
-            runnable = [job for job in ready if not _refused(job, recorded, told)]
-            batches = _batches(runnable, workers)
-            for failures in pool.map(lambda batch: _record(batch, recorded, told), batches):
-                recorded.failures |= failures
+        try:
+            for done in [pool.submit(schedule.work) for _ in range(workers)]:
+                done.result()
+        finally:
+            schedule.close()
     return recorded
 
 
-def _refused(job: Job, recorded: Recorded, told: Told) -> bool:
-    """Note a run that cannot start: a package is missing, or the run that it builds on has failed."""
+def _refused(job: Job, recorded: Recorded) -> bool:
+    """Note a run that cannot be here: a package is missing, for it or for the run that it builds on."""
     missing = job.missing()
-    failed = next((recorded.failures[key] for key in job.sources if key in recorded.failures), None)
+    absent = next((recorded.failures[key] for key in job.sources if key in recorded.failures), None)
     if missing:
         recorded.failures[job.key] = Failure(f"needs {', '.join(missing)}", missing=missing)
-    elif failed is not None:
-        recorded.failures[job.key] = Failure(f"the run that it starts from failed: {failed.error}", "", failed.missing)
-    else:
-        return False
-    told()
-    return True
+    elif absent is not None:
+        recorded.failures[job.key] = Failure(f"the run that it starts from failed: {absent.error}", "", absent.missing)
+    return job.key in recorded.failures
 
 
-def _batches(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
-    """Jobs by runner, the largest group first; groups are divided so that no worker is idle at the end."""
-    groups: dict[tuple[bool, str], list[Job]] = defaultdict(list)
-    for job in jobs:
-        groups[job.runner].append(job)
-    size = max(_LEAST_IN_PROCESS, -(-len(jobs) // max(1, workers)))
-    parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-    return sorted(parts, key=len, reverse=True)
+def _task(job: Job, recorded: Recorded) -> Task:
+    return Task(job.key, job.host, frozenset(job.sources), told_worker(job, recorded))
 
 
-def _record(batch: Sequence[Job], recorded: Recorded, told: Told) -> dict[str, Failure]:
-    """Record some runs in one process; the failures by key."""
-    given, log = (recorded.folder / f"{batch[0].key}.{kind}" for kind in ("json", "log"))
-    given.write_text(json.dumps([_told_worker(job, recorded) for job in batch]), "utf-8")
-    command = [sys.executable, "-W", "ignore", "-m", "scenarios.catalogue.worker", str(given)]
-    answers, code = _follow(command, log, told)
-    failures = {}
-    for job in batch:
-        answer = answers.get(job.key)
-        if answer is None:  # the process died before it came to this run, or in it
-            failures[job.key] = Failure(_last_words(log, code))
-            told()
-        elif "error" in answer:
-            failures[job.key] = Failure(answer["error"], answer["slug"])
-    given.unlink()
-    if not failures:
-        log.unlink()
-    return failures
-
-
-def _follow(command: Sequence[str], log: Path, told: Told) -> tuple[dict[str, dict[str, str]], int]:
-    """Run a worker: what it answered of each run, by key, and its exit code.  One that hangs is killed."""
-    answers = {}
-    with (
-        log.open("wb") as said,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True, env=_environment()
-        ) as process,
-    ):
-        timer = threading.Timer(TIMEOUT, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            for line in process.stdout or ():
-                answer = json.loads(line)
-                answers[Path(answer["trace"]).stem] = answer
-                told()
-            return answers, process.wait()
-        finally:
-            timer.cancel()
-            process.kill()
-
-
-def _told_worker(job: Job, recorded: Recorded) -> dict[str, Any]:
+def told_worker(job: Job, recorded: Recorded) -> dict[str, Any]:
+    """What a worker has to know to record a run."""
     spec = job.entry.arms[job.arm]
     return {
         "runner": spec.runner,
@@ -192,16 +149,3 @@ def _told_worker(job: Job, recorded: Recorded) -> dict[str, Any]:
         "record": dict(spec.record),
         "trace": str(recorded.trace(job.key)),
     }
-
-
-def _environment() -> Mapping[str, str]:
-    """One thread a process, which is faster for tiny models, and a checkout that is not installed works too."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def _last_words(log: Path, code: int) -> str:
-    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    return f"its process ended with exit code {code}: {' | '.join(lines[-_TAIL:]) or 'it printed nothing'}"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -21,7 +22,10 @@ from scenarios.catalogue import programs, recording, reports
 from scenarios.catalogue.entry import BUG_ROWS, NO_CAUSE, STORY_ROWS, Entry, identity, parse_entry
 from scenarios.catalogue.page import page
 from scenarios.catalogue.recording import Failure, Recorded, jobs_of, key_of
-from scenarios.catalogue.running import Report, Status, judge
+from scenarios.catalogue.running import Outcome, Report, Status, judge
+from scenarios.catalogue.seeds import shifted, with_seeds
+from scenarios.catalogue.seeds import table as table_of_seeds
+from scenarios.paths import path_info
 from scenarios.scenarios_command import scenarios
 from tests.scenarios.conftest import Once, needs_mlx, needs_torch
 from tracer.errors import TraceError
@@ -70,6 +74,12 @@ def test_every_program_is_used() -> None:
     assert used == set(programs.names())
 
 
+@pytest.mark.parametrize("name", programs.names())
+def test_a_program_beside_a_path_needs_no_more_than_the_path(name: str) -> None:
+    path = programs.beside(name)
+    assert path is None or set(programs.program(name).NEEDS) <= set(path_info(path).needs)
+
+
 def test_reading_the_catalogue_imports_no_framework() -> None:
     code = "import sys; from scenarios import catalogue; from scenarios.catalogue import programs\n"
     code += "catalogue.load_all(); [programs.missing(n) for n in programs.names()]\n"
@@ -107,6 +117,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "an unknown program": (lambda t: (t["arms"]["b"].pop("path"), t["arms"]["b"].update(program="x")), "no program"),
     "an unknown setting": (lambda t: t["settings"].update(train={"epochs": 1}), "train.epochs is not a setting"),
     "a step in words": (lambda t: t["expect"][0].update(step="one"), "must be of type int"),
+    "ranks of a path": (lambda t: t["arms"]["b"].update(ranks=2), "ranks are processes of a program"),
     "a row beyond the list": (lambda t: t.update(bug=26), "is not a row"),
 }
 
@@ -262,6 +273,42 @@ def test_every_format_tells_what_is_wrong(tmp_path: Path) -> None:
     assert all("burst" in render(report) for render in reports.FORMATS.values())
     assert json.loads(reports.as_json(report))["scenarios"][0]["status"] == "error"
     assert ET.fromstring(reports.junit(report))[0].get("errors") == "1"
+
+
+# Seeds.
+
+
+def test_other_seeds_are_other_runs_of_the_same_pair() -> None:
+    entry = catalogue.load(BUG)
+    first, second = with_seeds([entry], 2)
+    assert [identity(first.arms, arm) for arm in entry.arms] == [identity(entry.arms, arm) for arm in entry.arms]
+    assert len(jobs_of([first, second])) == 2 * len(jobs_of([entry]))
+    settings = identity(second.arms, "b")["settings"]
+    assert (settings["train.seed"], settings["data.seed"]) == (1, 1)
+    assert second.checks == entry.checks
+
+
+def test_a_seed_that_a_program_is_given_is_shifted_too() -> None:
+    entry = catalogue.load("story-17-callback-arity")
+    arms = {**entry.arms, "a": replace(entry.arms["a"], options={"takes": 9, "seed": 3})}
+    assert shifted(replace(entry, arms=arms), 2).arms["a"].options == {"takes": 9, "seed": 5}
+
+
+def test_the_table_of_seeds_counts_those_as_expected_and_says_what_the_others_are(tmp_path: Path) -> None:
+    first, second = with_seeds([catalogue.load(BUG)], 2)
+    right = Outcome(first, Status.EXPECTED, ())
+    said = table_of_seeds(Report((right, outcome_of(second, Failure("it burst"), tmp_path)), 6, 0.1))
+    assert f"{BUG}  1 of 2 seeds as expected" in said
+    assert "seeds + 1: arm a: it burst" in said
+
+
+@needs_torch
+@needs_mlx
+def test_a_pair_is_run_with_several_seeds() -> None:
+    command = [sys.executable, "-m", "tracer", "scenarios", "run", RUN[1], "--seeds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{RUN[1]}  2 of 2 seeds as expected" in done.stdout
 
 
 # The command line.

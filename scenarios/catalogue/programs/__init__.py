@@ -3,6 +3,9 @@
 A program is a module with `NEEDS`, the packages that it imports when it runs, and `run(config, feed, **options)`: an ordinary
 training loop in real framework code that knows nothing of the recorder.  Its options choose between the right way and
 the wrong one; they are not declared, so a diff has only the numbers to go by.
+
+`BESIDE` names the path in whose process it may be recorded, where it leaves nothing behind that could change another run (hooks,
+replaced functions, flags of the framework); without it, a program has a process of its own.
 """
 
 from __future__ import annotations
@@ -41,6 +44,11 @@ def names() -> tuple[str, ...]:
 def program(name: str) -> Program:
     """A program by name; importing it imports no framework."""
     return cast(Program, importlib.import_module(f"{__name__}.{name}"))
+
+
+def beside(name: str) -> str | None:
+    """The path whose process a program may share; None if it has one of its own."""
+    return getattr(program(name), "BESIDE", None)
 
 
 def missing(name: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from scenarios.config import RunConfig
 from scenarios.feed import Feed
 
 NEEDS = (*TORCH, "accelerate")
+BESIDE = "hf-trainer"
 
 
 def run(config: RunConfig, feed: Feed, **options: Any) -> None:

@@ -5,7 +5,8 @@ Plain and eager; a step's gradient is the mean over its micro-batches, as on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from scenarios.config import RunConfig
@@ -63,3 +64,29 @@ def adamw(config: RunConfig, model: Any) -> Any:
 
     kind, options = optimizer_of(config.optimizer)
     return kind(trainable(model), **options)
+
+
+def join_ranks() -> int:
+    """Make torchrun's ranks a process group of the CPU, once a process; how many there are.
+
+    A second group would find the addresses of the first in torchrun's store.
+    """
+    import atexit
+
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
+    return int(dist.get_world_size())
+
+
+def of_this_rank(config: RunConfig, feed: Feed) -> tuple[tuple[RunConfig, Feed], Mapping[int, int]]:
+    """Settings and feed with this rank's micro-batch of each step alone; by its id, the supervised tokens of all ranks."""
+    import torch.distributed as dist
+
+    assert feed.steps is not None
+    rank = dist.get_rank()
+    totals = {id(step[rank]): sum(int(b.supervised.sum()) for b in step) for step in feed.steps}
+    alone = replace(config, train=replace(config.train, accumulation=1))
+    return (alone, replace(feed, steps=tuple((step[rank],) for step in feed.steps))), totals

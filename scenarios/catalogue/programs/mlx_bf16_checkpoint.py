@@ -14,6 +14,7 @@ from scenarios.feed import Feed
 from scenarios.models import model_source
 
 NEEDS = MLX
+BESIDE = "mlx"
 
 
 def run(config: RunConfig, feed: Feed, **_: Any) -> None:

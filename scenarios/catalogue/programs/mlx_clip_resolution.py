@@ -13,6 +13,7 @@ from scenarios.config import ClipConfig, RunConfig
 from scenarios.feed import Feed
 
 NEEDS = MLX
+BESIDE = "mlx"
 _DEFAULT = 1.0
 
 

@@ -14,6 +14,7 @@ from scenarios.config import RunConfig
 from scenarios.feed import Feed
 
 NEEDS = MLX
+BESIDE = "mlx-lm"
 
 
 def run(config: RunConfig, feed: Feed, **options: Any) -> None:

@@ -12,6 +12,7 @@ from scenarios.data import plain_batches
 from scenarios.feed import Feed
 
 NEEDS = TORCH
+BESIDE = "torch"
 _TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 

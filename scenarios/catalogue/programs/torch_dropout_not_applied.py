@@ -9,6 +9,7 @@ from scenarios.config import RunConfig
 from scenarios.feed import Feed
 
 NEEDS = TORCH
+BESIDE = "torch"
 
 
 def run(config: RunConfig, feed: Feed, **options: Any) -> None:

@@ -13,6 +13,7 @@ from scenarios.config import RunConfig
 from scenarios.feed import Feed
 
 NEEDS = TORCH
+BESIDE = "torch"
 _NAME = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"
 
 

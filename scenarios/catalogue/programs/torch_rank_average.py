@@ -1,6 +1,6 @@
 """Data-parallel ranks that average their losses over their own tokens, and then the gradients over the ranks.
 
-The ranks are simulated: each takes a micro-batch of the step.  The right way divides by the tokens of all ranks.
+Each rank takes a micro-batch of the step, under DistributedDataParallel.  The right way divides by the tokens of all ranks.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from scenarios.data import MicroBatch
 from scenarios.feed import Feed
 
 NEEDS = TORCH
+BESIDE = "torch"
 
 
 def run(config: RunConfig, feed: Feed, **options: Any) -> None:
     """Option `own_tokens` (true): whether a rank divides by its own number of tokens."""
+    from torch.nn.parallel import DistributedDataParallel
+
     from scenarios.paths._torch import build_model
 
-    assert feed.steps is not None
-    model = build_model(config, feed)
-    optimizer = loops.adamw(config, model)
-    totals = {id(batch): sum(int(b.supervised.sum()) for b in step) for step in feed.steps for batch in step}
-    ranks = config.train.accumulation
+    ranks = loops.join_ranks()
+    mine, totals = loops.of_this_rank(config, feed)
+    model = DistributedDataParallel(build_model(config, feed))
 
     def loss(model: Any, batch: MicroBatch) -> Any:
         import torch
@@ -33,4 +34,4 @@ def run(config: RunConfig, feed: Feed, **options: Any) -> None:
         total = torch.tensor(totals[id(batch)])
         return model(**loops.tensors(batch), num_items_in_batch=total).loss * ranks
 
-    loops.train(config, feed, model, optimizer, loss=loss)
+    loops.train(*mine, model, loops.adamw(config, model), loss=loss)

@@ -16,6 +16,7 @@ from scenarios.data import IGNORED, MicroBatch
 from scenarios.feed import Feed
 
 NEEDS = TORCH
+BESIDE = "torch"
 
 
 def run(config: RunConfig, feed: Feed, **options: Any) -> None:

@@ -1,7 +1,4 @@
-"""Clipping by norm in a sharded run: each rank by the norm of the gradients that it holds, or all by the global one.
-
-The ranks are simulated: the trainable parameters are dealt out to them in order, as a sharding of whole tensors does.
-"""
+"""Clipping by norm in a sharded run (FSDP2): each rank by the norm of the shards that it holds, or all by the global one."""
 
 from __future__ import annotations
 
@@ -12,22 +9,31 @@ from scenarios.config import RunConfig
 from scenarios.feed import Feed
 
 NEEDS = TORCH
+BESIDE = "torch"
 
 
 def run(config: RunConfig, feed: Feed, **options: Any) -> None:
-    """Options: `ranks`, and `local` (true), whether a rank takes its own norm."""
+    """Option `local` (true): whether a rank takes its own norm."""
     import torch
+    from torch.distributed.fsdp import fully_shard
 
     from scenarios.paths._torch import build_model
 
+    loops.join_ranks()
+    mine, _ = loops.of_this_rank(config, feed)
     model = build_model(config, feed)
-    optimizer = loops.adamw(config, model)
-    parameters, ranks = loops.trainable(model), options["ranks"]
-    size = -(-len(parameters) // ranks)
-    shards = [parameters[i : i + size] for i in range(0, len(parameters), size)]
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    parameters = loops.trainable(model)
 
     def clip() -> None:
-        for shard in shards if options.get("local", True) else [parameters]:
-            torch.nn.utils.clip_grad_norm_(shard, config.clip.value)
+        if not options.get("local", True):
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip.value)
+            return
+        held = [parameter.grad.to_local() for parameter in parameters]
+        norm = torch.stack([part.norm() for part in held]).norm()
+        for part in held:
+            part.mul_((config.clip.value / (norm + 1e-6)).clamp(max=1.0))
 
-    loops.train(config, feed, model, optimizer, before_update=clip)
+    loops.train(*mine, model, loops.adamw(config, model), before_update=clip)
