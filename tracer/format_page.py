@@ -84,8 +84,9 @@ verifies all of it.
 
 ## What a crash leaves
 
-A commit is: write the rows, flush, bump `committed`, flush. Killed at any point, the file opens and every committed step is
-whole; `meta/end` then still says `"finished": false`. Space is asked for before HDF5 writes, so a full disk stops the recording
+A commit is: let HDF5 set space aside if there is none left, write the rows there, bump `committed`. What HDF5 changes of its own
+structures reaches the disk in an order in which nothing refers to what is not there yet (`tracer/ordered.py`), so the file opens
+whichever write was the last one, and every committed step is whole; `meta/end` then still says `"finished": false`. Space is asked for before HDF5 writes, so a full disk stops the recording
 and leaves a whole file.
 """
 

@@ -70,6 +70,9 @@ DOCUMENTS: Final = {
     "end": "finished or not, why recording stopped, number of commits",
 }
 
+# The document `end` of a trace that is being written, without the blanks behind it.
+RUNNING: Final = b'{"commits": 0, "finished": false, "reason": "still running"}'
+
 # A micro-batch number for the phases that have one row per step.
 WHOLE_STEP: Final = -1
 

@@ -1,16 +1,19 @@
 """Write a trace: rows in, one HDF5 file out, one committed step at a time.
 
-A step's rows go to disk, then the metadata is flushed, and only then the 8-byte counter says that the step
-exists.  Space is reserved before HDF5 touches the file, so that a full disk is met while the file is whole.
-This module is handed numpy arrays only and knows no framework.
+A step's rows go to disk, into space that HDF5 has set aside, and only then the 8-byte counter says that the step exists.
+HDF5's own metadata changes only when the file grows, and reaches the disk in an order in which the file is whole after
+every write (tracer/ordered.py).  Space is reserved before HDF5 touches the file, so that a full disk is met while the file
+is whole.  This module is handed numpy arrays only and knows no framework.
 
-Measured (docs/format.md): packed rows with `write_direct_chunk` cost what a raw write costs; one dataset per
-tensor costs ten times as much.  The default file version reopens after SIGKILL; `libver="latest"` does not.
+Measured (`python -m tests.bench.writing`): one dataset per tensor costs several times as much as packed rows.  The default
+file version reopens after SIGKILL; `libver="latest"` does not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -27,7 +30,8 @@ from tracer import schema
 from tracer._version import DISTRIBUTION, VERSION
 from tracer.dtypes import DTYPES
 from tracer.errors import BadUsage, NoPermission, NotFound, RecordingStopped
-from tracer.hdf5 import RESERVE_BYTES, Disk, bytes_per_row, row_dataset, write_index
+from tracer.hdf5 import TABLE_CHUNK, bytes_per_row, row_dataset, table_dataset, write_index
+from tracer.ordered import RESERVE_BYTES, OrderedFile
 from tracer.packing import Written, copy_aliased, index_entry, measure, pack_plan
 from tracer.schema import Phase, Row
 
@@ -58,25 +62,27 @@ class TraceWriter:
     ) -> None:
         self.path = Path(path)
         self.commits = 0
-        self._durable = durable
         self._max_bytes = max_bytes
         self._layouts: dict[tuple[Any, ...], _LayoutWriter] = {}  # by group, phase and records
         self._last_step = -1
         self._rewritten: set[int] = set()
         self._last_eval = -1
         self._seal = b""
-        self._file = _create(self.path, overwrite)
-        self._disk = Disk(self.path)
+        self._disk = OrderedFile(self.path, _create(self.path, overwrite), durable=durable)
         try:
             self._disk.require(RESERVE_BYTES)
+            self._file = h5py.File(self._disk, "w")
             self._file.attrs["format"] = schema.FORMAT
             self._file.attrs["tool"] = f"{DISTRIBUTION} {VERSION}"
-            self._committed = self._file.create_dataset(schema.COMMITTED, data=np.zeros(1, np.int64))
-            self._step_table = _Table(self._file, schema.STEPS, schema.STEP_DTYPE)
-            self._end = self._file.create_dataset(f"{schema.META}/end", data=_end_document(False, "still running", 0))
-            self._end.attrs["digest"] = np.void(_text_digest(self._end[()]))
-            self._file.flush()
-        except OSError as error:
+            committed = self._file.create_dataset(schema.COMMITTED, data=np.zeros(1, np.int64))
+            self._step_table = _Table(self._file, schema.STEPS, schema.STEP_DTYPE, self._disk)
+            text = np.bytes_(schema.RUNNING.ljust(END_BYTES))
+            self._end = self._file.create_dataset(f"{schema.META}/end", data=text)
+            self._end.attrs["digest"] = np.void(_text_digest(text))
+            self._settle()
+            self._committed_at = int(committed.id.get_offset())
+        except (OSError, RuntimeError) as error:
+            self._disk.close()
             raise RecordingStopped(f"cannot write {self.path.name}: {_reason(error)}") from error
         self._documents: dict[str, Mapping[str, Any]] = {"env": env, "declared": declared}
 
@@ -137,15 +143,19 @@ class TraceWriter:
             return
         try:
             text = _end_document(finished, reason, self.commits)
-            self._end[()] = text
+            # The digest first: until the text follows, the old one counts as unfinished whatever its digest.
             self._end.attrs.modify("digest", np.void(_text_digest(text)))
-            self._flush()
+            self._settle()
+            self._disk.put(int(self._end.id.get_offset()), text)
+            self._file.close()
+            self._disk.settle()
+            self._disk.sync()
         except (OSError, RuntimeError):
             # The steps are committed; a file without an end counts as unfinished, which is what it is.
-            pass
+            with contextlib.suppress(OSError, RuntimeError):
+                self._file.close()
         finally:
             self._disk.close()
-            _close(self._file)
 
     def _write_row(self, row: Row, done: dict[tuple[str, int], Written], place: str) -> bytes:
         key = (
@@ -159,19 +169,25 @@ class TraceWriter:
             number = sum(1 for where, phase, _ in self._layouts if (where, phase) == (place, row.phase))
             group = self._file.create_group(f"{place}{row.phase.label}/{number}")
             layout = self._layouts[key] = _LayoutWriter(group, row, self._disk, self._max_bytes)
+        if layout.full:
+            layout.grow()
+            self._settle()
         return layout.write(row, done)
 
     def _commit(self, commit: int, seals: Sequence[bytes]) -> None:
-        for name in ("env", "declared", "observed"):
-            if name in self._documents:
+        if self._documents or self._step_table.full:
+            for name in sorted(self._documents):
                 self._write_document(name, self._documents.pop(name))
+            if self._step_table.full:
+                self._step_table.grow()
+            self._settle()
         self._seal = schema.step_seal(self._seal, commit, seals)
         self._step_table.append((commit, len(seals), np.void(self._seal)))
-        self._flush()
+        self._disk.sync()
         self.commits += 1
         self._last_step = max(self._last_step, commit)
-        self._committed[0] = self.commits
-        self._flush()
+        self._disk.put(self._committed_at, np.array([self.commits], "<i8"))
+        self._disk.sync()
 
     def _write_document(self, name: str, content: Mapping[str, Any]) -> None:
         path = f"{schema.META}/{name}"
@@ -180,30 +196,45 @@ class TraceWriter:
         text = np.bytes_(json.dumps(content, sort_keys=True, default=str).encode())
         self._file.create_dataset(path, data=text).attrs["digest"] = np.void(_text_digest(text))
 
-    def _flush(self) -> None:
+    def _settle(self) -> None:
+        """After HDF5's metadata has changed: bring it to disk."""
         self._file.flush()
-        if self._durable:
-            self._disk.sync()
+        self._disk.settle()
 
 
 class _Table:
-    """A 1-D table of a structured dtype that grows 64 entries at a time."""
+    """A 1-D table of a structured dtype that grows a chunk at a time; HDF5 sets the space aside, entries are put there."""
 
-    def __init__(self, group: Any, name: str, dtype: Any) -> None:
-        self._data = group.create_dataset(name, (64,), np.dtype(dtype), maxshape=(None,), chunks=(64,))
+    def __init__(self, group: Any, name: str, dtype: Any, disk: OrderedFile) -> None:
+        self._dtype = np.dtype(dtype)
+        self._data = table_dataset(group, name, self._dtype)
+        self._disk = disk
         self._length = 0
+        self._allocated = 0
+        self._chunk_at = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the next entry needs `grow` first."""
+        return self._length == self._allocated
+
+    def grow(self) -> None:
+        """Allocate one more chunk."""
+        self._allocated += TABLE_CHUNK
+        self._data.resize((self._allocated,))
+        self._chunk_at = int(self._data.id.get_chunk_info_by_coord((self._length,)).byte_offset)
 
     def append(self, entry: tuple[Any, ...]) -> None:
-        if self._length == self._data.shape[0]:
-            self._data.resize((self._length + 64,))
-        self._data[self._length] = np.array(entry, self._data.dtype)
+        """Put the next entry."""
+        place = self._chunk_at + self._length % TABLE_CHUNK * self._dtype.itemsize
+        self._disk.put(place, np.array([entry], self._dtype).view(np.uint8))
         self._length += 1
 
 
 class _LayoutWriter:
     """The rows of one fixed list of records: `/phase/k` in the file."""
 
-    def __init__(self, group: Any, row: Row, disk: Disk, max_bytes: int | None) -> None:
+    def __init__(self, group: Any, row: Row, disk: OrderedFile, max_bytes: int | None) -> None:
         self._group = group
         self._disk = disk
         self._max_bytes = max_bytes
@@ -217,7 +248,7 @@ class _LayoutWriter:
         group.attrs["digest"] = np.void(self._digest)
         group.attrs["records"] = len(entries)
         write_index(group, entries)
-        self._table = _Table(group, schema.ROWS, schema.ROW_DTYPE)
+        self._table = _Table(group, schema.ROWS, schema.ROW_DTYPE, disk)
         n = len(entries)
         # Rows that only refer to others have their statistics there.
         self._has_stats = any(not record.alias_of for record in row.records)
@@ -238,10 +269,13 @@ class _LayoutWriter:
         self._rows = 0
         self._allocated = 0
 
+    @property
+    def full(self) -> bool:
+        """Whether the next row needs `grow` first."""
+        return self._rows == self._allocated or self._table.full
+
     def write(self, row: Row, done: dict[tuple[str, int], Written]) -> bytes:
         """Write one row and add it to `done`, the rows of this step that aliases can point to; returns its seal."""
-        if self._rows == self._allocated:
-            self._grow()
         packed = {name: np.zeros(width, DTYPES[dtype]) for name, (dtype, width) in self._widths.items()}
         tables = measure(row.records, self._slots, packed)
         done[row.phase.label, row.micro_batch] = (self._positions, tables)
@@ -262,23 +296,25 @@ class _LayoutWriter:
         self._rows += 1
         return seal
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
         """Allocate more rows: doubling at first, then a bounded number of rows and bytes at a time."""
+        if self._table.full:
+            self._table.grow()
+        if self._rows < self._allocated:
+            return
         more = max(1, min(self._allocated, GROWTH_ROWS, GROWTH_BYTES // max(1, self._row_bytes)))
         if self._max_bytes is not None and self._disk.size + more * self._row_bytes > self._max_bytes / 2:
             more = 1  # room that is set aside here could not be used by another layout
         self._disk.require(more * self._row_bytes)
-        start = self._disk.size
         self._allocated += more
         for dataset in self._datasets.values():
             dataset.resize(self._allocated, axis=0)
-        self._group.file.flush()
-        self._disk.fill_holes(start)
 
     def _put(self, name: str, values: npt.NDArray[Any]) -> None:
         dataset = self._datasets[name]
         if values.size:
-            dataset.id.write_direct_chunk((self._rows, *(0 for _ in dataset.shape[1:])), values)
+            with self._disk.direct():
+                dataset.id.write_direct_chunk((self._rows, *(0 for _ in dataset.shape[1:])), values)
 
 
 def _row_order(row: Row) -> tuple[int, int]:
@@ -304,7 +340,8 @@ def _reason(error: BaseException) -> str:
     return found.group(1) if found else str(error)
 
 
-def _create(path: Path, overwrite: bool) -> Any:
+def _create(path: Path, overwrite: bool) -> int:
+    """A descriptor of the new, empty file, locked against a second writer.  HDF5's own errors here are a page long."""
     if path.is_dir():
         raise BadUsage(f"{path} is a folder", "give the name of a file")
     if path.exists() and not overwrite:
@@ -312,16 +349,28 @@ def _create(path: Path, overwrite: bool) -> Any:
     if not path.parent.is_dir():
         raise NotFound(f"the folder {path.parent} does not exist", "create it first")
     try:
-        # Created by us first: HDF5's own message for a forbidden folder is a page long.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
-        return h5py.File(path, "w")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError as error:
         raise NoPermission(f"{path} may not be written", "choose a folder of yours, or mend its permissions") from error
     except OSError as error:
         raise RecordingStopped(f"cannot create {path}: {_reason(error)}") from error
+    try:
+        _lock(path, fd)
+        os.ftruncate(fd, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
-def _close(file: Any) -> None:
-    # What is committed is on disk, even if HDF5 cannot add its last bytes.
-    with contextlib.suppress(OSError, RuntimeError):
-        file.close()
+def _lock(path: Path, fd: int) -> None:
+    """Keep others from writing the same file; a file system that knows no locks has none."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BadUsage(
+            f"{path} is being written by another run", "choose another name, or end that run first"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise RecordingStopped(f"cannot lock {path}: {_reason(error)}") from error
