@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,11 @@ from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
 
 # Elements that are converted to float64 at a time, so that a comparison needs no second copy of a large tensor.
 BLOCK = 2**20
-# Tensors of up to so many elements are kept as float64 beside what was stored, and the latest of them by their rows.
+# Tensors of up to so many elements are kept as float64 beside what was stored, and the latest of them, so many elements in
+# all, by their rows; the smallest count as TINY, because they take memory beside their elements.
 SMALL = 2**14
-KEPT = 512
+KEPT = 2**21
+TINY = 2**8
 # Rows that are kept; a replay looks at those of a step and of the one before.
 LATEST = 16
 # Small derived values that are kept: a long run has some of every step.
@@ -46,31 +48,51 @@ class Row:
 
     view: RowView
     names: Names
+    kept: Kept
 
-    @property
+    # Whether only a part of each record is looked at.
+    partial: ClassVar[bool] = False
+
+    @cached_property
     def positions(self) -> Mapping[str, int]:
         """Name -> position of the record."""
         return self.names.positions
 
+    # What is asked of every record again and again, remembered as long as the row is kept.
+
+    @cached_property
+    def _entries(self) -> tuple[IndexEntry, ...]:
+        return self.view.layout.entries
+
+    @cached_property
+    def _states(self) -> dict[str, State]:
+        return {}
+
+    @cached_property
+    def _readable(self) -> dict[str, bool]:
+        return {}
+
     def entry(self, name: str) -> IndexEntry:
         """Index entry of a record; its shape is the recorded one (see `shape`)."""
-        return self.view.layout.entries[self.positions[name]]
+        return self._entries[self.positions[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a record, the user's transposition applied."""
-        shape = self.entry(name).shape
-        if self.positions[name] in self.names.transposed:
-            return (*shape[:-2], shape[-1], shape[-2])
-        return shape
+        i = self.positions[name]
+        shape = self._entries[i].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if i in self.names.transposed else shape
 
     def state(self, name: str) -> State:
         """State of a record."""
-        return self.view.state(self.positions[name])
+        known = self._states.get(name)
+        if known is None:
+            known = self._states[name] = self.view.state(self.positions[name])
+        return known
 
     def digest(self, name: str) -> bytes:
         """Digest of a record's bytes; empty where a transposition makes digests incomparable."""
         i = self.positions[name]
-        return b"" if i in self.names.transposed else self.view.digests[i].tobytes()
+        return b"" if i in self.names.transposed else self.view.digest(i)
 
     def l2(self, name: str) -> float:
         """L2 norm of a record's finite elements, from the recorded statistics."""
@@ -78,15 +100,25 @@ class Row:
 
     def stored(self, name: str) -> bool:
         """Whether the tensor can be read, as opposed to its digest and statistics only."""
-        return self.view.stored(self.positions[name]) and self.state(name) in (State.VALUE, State.ZERO)
+        known = self._readable.get(name)
+        if known is None:
+            known = self.state(name) in (State.VALUE, State.ZERO) and self.view.stored(self.positions[name])
+            self._readable[name] = known
+        return known
 
     def read(self, name: str) -> Tensor:
         """The tensor of a record; raises Damaged."""
+        key = (self.view.phase, self.view.step, self.view.micro_batch, name)
+        known = self.kept.get(key)
+        if known is not None:
+            return known
         i = self.positions[name]
         values = self.view.read(i)
         if i in self.names.transposed:
             values = np.ascontiguousarray(np.swapaxes(values, -1, -2))
-        return Tensor(values, self.entry(name).dtype)
+        tensor = Tensor(values, self._entries[i].dtype)
+        self.kept.add(key, tensor)
+        return tensor
 
     @cached_property
     def float_state(self) -> Mapping[str, frozenset[str]]:
@@ -106,39 +138,28 @@ class Row:
         return float(values[0]) if values.size else None
 
 
-@dataclass(frozen=True)
 class Tensor:
-    """A record's tensor as stored (bfloat16 as bits); `block` gives float64 pieces of it in canonical order."""
+    """A record's tensor as stored (bfloat16 as bits); `block` gives float64 pieces of it in canonical order.
 
-    stored: npt.NDArray[Any]
-    dtype: str
+    `size`: number of elements; `shape`: the canonical one.  Never changed once it is made.
+    """
 
-    @cached_property
-    def _flat(self) -> npt.NDArray[Any]:
-        return self.stored.reshape(-1)
+    __slots__ = ("_flat", "_float64", "dtype", "shape", "size", "stored")
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.stored.size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Canonical shape."""
-        return self.stored.shape
-
-    @cached_property
-    def _float64(self) -> npt.NDArray[np.float64]:
-        """All elements of a small tensor, converted once: it is looked at again and again."""
-        values = to_float64(self._flat, self.dtype)
-        values.flags.writeable = False
-        return values
+    def __init__(self, stored: npt.NDArray[Any], dtype: str) -> None:
+        self.stored, self.dtype = stored, dtype
+        self.size, self.shape = stored.size, stored.shape
+        self._flat: npt.NDArray[Any] | None = None
+        self._float64: npt.NDArray[np.float64] | None = None
 
     def block(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Elements start..stop as float64, 1-D; not to be written to."""
         if start == 0 and stop >= self.size and self.size <= SMALL:
+            if self._float64 is None:  # a small tensor is looked at again and again
+                self._float64 = to_float64(self.raw(0, stop), self.dtype)
+                self._float64.flags.writeable = False
             return self._float64
-        return to_float64(self._flat[start:stop], self.dtype)
+        return to_float64(self.raw(start, stop), self.dtype)
 
     def blocks(self) -> range:
         """Starts of the blocks of `BLOCK` elements."""
@@ -146,12 +167,32 @@ class Tensor:
 
     def raw(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements start..stop as stored."""
+        if self._flat is None:
+            self._flat = self.stored.reshape(-1)
         return self._flat[start:stop]
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
         """A tensor of zeros that takes no memory: an optimizer's state before its first step."""
         return Tensor(np.broadcast_to(np.zeros((), DTYPES[dtype]), shape), dtype)
+
+
+class Kept:
+    """The small tensors of one trace that were read last: a comparison looks at each of them several times."""
+
+    def __init__(self) -> None:
+        self._tensors: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._elements = 0
+        self.get = self._tensors.get
+
+    def add(self, key: tuple[object, ...], tensor: Tensor) -> None:
+        """Keep a tensor that was not kept, if it is a small one, and let go of the oldest."""
+        if tensor.size > SMALL:
+            return
+        self._tensors[key] = tensor
+        self._elements += max(tensor.size, TINY)
+        while self._elements > KEPT:
+            self._elements -= max(self._tensors.popitem(last=False)[1].size, TINY)
 
 
 class Rows:
@@ -163,20 +204,8 @@ class Rows:
         self._names: dict[bytes, Names] = {}
         self._memory: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._latest: OrderedDict[tuple[int, int, int], Row | None] = OrderedDict()
-        self._tensors: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
-
-    def tensor(self, row: Row, name: str) -> Tensor:
-        """A record of a whole step's row; the latest small ones are kept, because replays of one step share them."""
-        key = (row.view.phase, row.view.step, name)
-        known = self._tensors.get(key)
-        if known is not None:
-            return known
-        tensor = row.read(name)
-        if tensor.size <= SMALL:
-            self._tensors[key] = tensor
-            if len(self._tensors) > KEPT:
-                self._tensors.popitem(last=False)
-        return tensor
+        self._kept = Kept()
+        self._lately: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 
     def get(self, phase: Phase, step: int, micro_batch: int = WHOLE_STEP) -> Row | None:
         """One row, or None if it was not recorded; the latest ones are kept."""
@@ -184,7 +213,7 @@ class Rows:
         if key in self._latest:
             return self._latest[key]
         view = self.trace.row(phase, step, micro_batch)
-        row = None if view is None else Row(view, self._layout_names(view.layout))
+        row = None if view is None else Row(view, self._layout_names(view.layout), self._kept)
         self._latest[key] = row
         if len(self._latest) > LATEST:
             self._latest.popitem(last=False)
@@ -197,6 +226,15 @@ class Rows:
         value = self._memory[key] = compute()
         if len(self._memory) > REMEMBERED:
             self._memory.popitem(last=False)
+        return value
+
+    def lately(self, key: tuple[object, ...], compute: Callable[[], Any]) -> Any:
+        """What is made of whole rows, and holds them: only the last two are kept."""
+        if key in self._lately:
+            return self._lately[key]
+        value = self._lately[key] = compute()
+        if len(self._lately) > 2:
+            self._lately.popitem(last=False)
         return value
 
     def _layout_names(self, layout: Layout) -> Names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import click
 
 from differ.completion import complete_phases
+from differ.options import ENGINE_DTYPES, ENGINES, DiffOptions
 from differ.publish import Destination, DestinationType, check, publish_github, write_reports
-from differ.reference import DTYPES, ENGINES
 from differ.reporters import FORMATS, draws_series, reporter
-from differ.result import DiffResult
+from differ.result import DiffResult, Verdict
 from differ.terminal import progress, style
 from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceError
+from tracer.loading import without_collection
 
 
 @click.command("diff", short_help="Name the first divergence of two traces, and why.")
@@ -38,7 +40,7 @@ from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceErro
     "--steps", metavar="A:B", help="Compare steps A to B only; `3` is one step, `:5` up to 5. Step 0 is init."
 )
 @click.option(
-    "--phases", metavar="LIST", shell_complete=complete_phases, help="Report only these phases, separated by commas."
+    "--phases", metavar="LIST", shell_complete=complete_phases, help="Judge these phases only, separated by commas."
 )
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", show_default=True, help="Kind of report.")
 @click.option(
@@ -55,7 +57,7 @@ from tracer.errors import BadConfig, BadUsage, NoPermission, NotFound, TraceErro
     help="Recompute both sides' losses and gradients from their own inputs: says which side is wrong.",
 )
 @click.option(
-    "--reference-dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="In which dtype."
+    "--reference-dtype", type=click.Choice(ENGINE_DTYPES), default="float32", show_default=True, help="In which dtype."
 )
 @click.option("--reference-model", metavar="FOLDER|ID", help="Base model of both, where it is not the one they name.")
 @click.option(
@@ -96,10 +98,10 @@ def diff(
       trace diff a.h5 b.h5 --noise a.twin.h5 --noise b.twin.h5
       trace diff a.h5 b.h5 --reference torch
     """
-    from differ.engine import diff as compare
-    from differ.options import DiffOptions
-    from differ.policy import default_policy, load_policy
-    from differ.result import Verdict
+    with without_collection():
+        from differ.engine import diff as compare
+        from differ.policy import default_policy, load_policy
+    gc.freeze()  # what is loaded now stays until the end: the collector need not look at it again
 
     check(reports, [path for path in (a, b, policy, name_map, *noise) if path is not None])
     options = DiffOptions(

@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from differ.align import Rows
 from differ.causes import explain
 from differ.causes.context import Context
-from differ.collect import Collector
 from differ.fingerprint import note_fingerprints
 from differ.inputs import Inputs
-from differ.noise import NoiseFloor
+from differ.judges import left_out
 from differ.options import DiffOptions
-from differ.ranks import find_drift, note_ranks, settle, settle_twin
 from differ.result import Cause, DiffResult, Finding, Kind, PolicyUsed, Side, Verdict
 from differ.rows import compare_rows, missing_row
 from differ.runs import label, model_dtype
@@ -31,6 +30,10 @@ from differ.tally import Tally
 from tracer.dtypes import coarser
 from tracer.reader import Trace, open_trace
 from tracer.schema import WHOLE_STEP, Phase
+
+if TYPE_CHECKING:
+    from differ.collect import Collector
+    from differ.noise import NoiseFloor
 
 Source = str | os.PathLike[str] | Trace
 
@@ -48,9 +51,12 @@ def diff(a: Source, b: Source, options: DiffOptions | None = None) -> DiffResult
             source if isinstance(source, Trace) else stack.enter_context(open_trace(Path(source))) for source in (a, b)
         )
         options = options or DiffOptions()
-        first, second = settle(first, second)
-        opened = [stack.enter_context(open_trace(Path(path))) for path in options.noise]
-        twins = tuple(settle_twin(twin, (first, second)) for twin in opened)
+        twins = [stack.enter_context(open_trace(Path(path))) for path in options.noise]
+        if first.of_ranks or second.of_ranks:
+            from differ.ranks import settle, settle_twin
+
+            first, second = settle(first, second)
+            twins = [settle_twin(twin, (first, second)) for twin in twins]
         # Runs that went to nan are compared like any other; every measure here says itself what is not finite.
         with np.errstate(all="ignore"):
             return _Engine(first, second, options, twins).run()
@@ -61,22 +67,22 @@ class _Engine:
 
     def __init__(self, a: Trace, b: Trace, options: DiffOptions, twins: Sequence[Trace]) -> None:
         rows = Rows(a, options.rules), Rows(b, options.rules)
-        self.collector = Collector(options) if options.series else None
+        self.collector = _collector(options)
         if self.collector is not None:
             options = replace(options, probe=self.collector.measured)
         self.a, self.b, self.options = a, b, options
         self.tally = Tally(options)
         dtype = coarser(model_dtype(a), model_dtype(b))
-        noise = None
-        if twins:
-            noise = NoiseFloor([Rows(twin, options.rules) for twin in twins], *rows, options.policy.noise.quantile)
-        self.session = Session(*rows, options, self.tally, dtype, Inputs(*rows), noise)
+        self.session = Session(*rows, options, self.tally, dtype, Inputs(*rows), _noise_floor(twins, rows, options))
 
     def run(self) -> DiffResult:
         """Walk through the steps and put the result together."""
         self._note_phases()
         note_fingerprints(self.session)
-        note_ranks(self.session)
+        if self.a.of_ranks or self.b.of_ranks:
+            from differ.ranks import note_ranks
+
+            note_ranks(self.session)
         end = self._common_end()
         steps = [step for step in sorted({*self.a.steps, *self.b.steps}) if self.options.wants_step(step)]
         for done, step in enumerate(steps):
@@ -107,12 +113,18 @@ class _Engine:
         a, b = self.session.a.get(phase, step, micro_batch), self.session.b.get(phase, step, micro_batch)
         if a is not None and b is not None:
             pair = RowPair(phase, step, micro_batch, a, b)
-            find_drift(self.session, pair)
+            self._find_drift(pair)
             compare_rows(self.session, pair)
         elif (present := a or b) is not None:
             missing_row(self.session, present, in_a=a is not None)
         if self.collector is not None:
             self.collector.row(phase, step, a, b, self.tally)
+
+    def _find_drift(self, pair: RowPair) -> None:
+        if pair.a.view.drifts or pair.b.view.drifts:
+            from differ.ranks import find_drift
+
+            find_drift(self.session, pair)
 
     def _common_end(self) -> int:
         """The last step to compare: an unfinished trace ends where it ends, and that is no finding."""
@@ -128,7 +140,8 @@ class _Engine:
 
     def _find_missing_step(self, step: int) -> None:
         trace, kind = (self.a, Kind.MISSING_B) if step in self.a.steps else (self.b, Kind.MISSING_A)
-        phase = next((phase for phase in PHASES if trace.micro_batches(phase, step)), None)
+        phases = [phase for phase in PHASES if trace.micro_batches(phase, step)]
+        phase = next(iter(sorted(phases, key=lambda one: not self.options.wants_phase(one))), None)
         if phase is None:
             return
         known = not self.session.first_time("step", kind)
@@ -161,6 +174,7 @@ class _Engine:
         # Where everything is explained by what was not asked about, nothing was compared.
         if self.tally.compared == 0 and not (findings and self.tally.propagated):
             verdict = Verdict.INCOMPARABLE
+            self.tally.note(_why_nothing(self.a, self.b, self.options))
         context = Context(self.session.a, self.session.b, findings, tuple(self.tally.notes), self.options.policy)
         explanation = explain(context, verdict)
         worst = self.tally.worst
@@ -174,7 +188,7 @@ class _Engine:
             verdict=verdict,
             first=first,
             causes=explanation.causes,
-            notes=(*self.tally.notes, *self._repeats(), *explanation.notes),
+            notes=(*left_out.note(self.session), *self.tally.notes, *self._repeats(), *explanation.notes),
             counts=self.tally.counts(),
             margin=worst.margin if worst is not None else 0.0,
             worst=worst,
@@ -199,6 +213,31 @@ class _Engine:
                 parameters = {"records": total}
                 notes.append(Cause("repeated", summary, phase=phase.label, names=tuple(names), parameters=parameters))
         return notes
+
+
+# What only some comparisons need is imported by them: a `trace diff` of two small traces takes mostly its imports.
+
+
+def _collector(options: DiffOptions) -> Collector | None:
+    if not options.series:
+        return None
+    from differ.collect import Collector
+
+    return Collector(options)
+
+
+def _why_nothing(a: Trace, b: Trace, options: DiffOptions) -> Cause:
+    from differ.nothing import why
+
+    return why(a, b, options)
+
+
+def _noise_floor(twins: Sequence[Trace], rows: tuple[Rows, Rows], options: DiffOptions) -> NoiseFloor | None:
+    if not twins:
+        return None
+    from differ.noise import NoiseFloor
+
+    return NoiseFloor([Rows(twin, options.rules) for twin in twins], *rows, options.policy.noise.quantile)
 
 
 def _side(trace: Trace) -> Side:

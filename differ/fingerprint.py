@@ -15,8 +15,8 @@ from typing import Final
 
 from differ.compare import Distance
 from differ.estimate import has_sketch, is_trainable, row_distance
+from differ.floors import delta_norm
 from differ.judges.model import allowance, batch_loss, noise_floor
-from differ.noise import delta_norm
 from differ.result import Cause, Finding, Kind
 from differ.session import RowPair, Session
 from tracer.dtypes import is_float
@@ -79,7 +79,8 @@ def judge_sketched(session: Session, pair: RowPair, names: Sequence[str]) -> Non
         diverged |= _judge_one(session, pair, name, repeats=repeats)
     if diverged and pair.phase not in (Phase.INIT, Phase.HPARAMS):
         session.diverged_at.setdefault(pair.phase, pair.step)
-        session.step_blocked = session.step_blocked or pair.phase is not Phase.EVAL
+        if pair.phase is not Phase.EVAL:
+            session.block_step(pair.phase)
 
 
 def _is_explained(session: Session, phase: Phase) -> bool:
@@ -89,7 +90,8 @@ def _is_explained(session: Session, phase: Phase) -> bool:
             session.seen.add(_REMEMBERED)
         return True
     optimizer = phase in (Phase.OPT_STATE, Phase.PARAM)
-    return optimizer and (_REMEMBERED in session.seen or any(key[0] is Phase.HPARAMS for key in session.seen))
+    settings = session.options.wants_phase(Phase.HPARAMS) and any(key[0] is Phase.HPARAMS for key in session.seen)
+    return optimizer and (_REMEMBERED in session.seen or settings)
 
 
 def _judge_one(session: Session, pair: RowPair, name: str, *, repeats: bool) -> bool:
@@ -138,7 +140,7 @@ def _allowed(session: Session, pair: RowPair, name: str) -> tuple[float | None, 
 def _find_untrained(session: Session, pair: RowPair, name: str) -> bool:
     """A parameter that one side trains and the other holds frozen."""
     words = ["trainable" if is_trainable(row, name) else "frozen" for row in (pair.a, pair.b)]
-    session.model_blocked = True
+    session.block_model(pair.phase)
     session.measured(pair, name, 1.0, 0.0, diverged=True)
     session.tally.find(
         Finding(

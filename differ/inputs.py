@@ -10,7 +10,7 @@ weight's norm in the statistics at init.  Computed only when a step needs it; th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,10 +75,13 @@ class Inputs:
             return None
         if a.view.seal == b.view.seal:
             return _NONE
-        changes = {name: _change(a, b, name) for name in a.positions if _comparable(a, b, name)}
+        names = dict.fromkeys([*a.positions, *b.positions])
+        rows = ((name, _holder(self._a, a, name), _holder(self._b, b, name)) for name in names)
+        changes = {name: _change(x, y, name) for name, x, y in rows if _comparable(x, y, name)}
         own = {name: change.relative for name, change in changes.items() if change.diff > 0.0}
-        init = self._a.get(Phase.INIT, 0)
-        model = max((_effect(name, changes, init) for name in own), default=0.0)
+        # Of both sides, so that it does not matter which is a where they differ.
+        inits = [init for rows in (self._a, self._b) if (init := rows.get(Phase.INIT, 0)) is not None]
+        model = max((_effect(name, changes, inits) for name in own), default=0.0)
         return InputDistance(model, own)
 
 
@@ -87,9 +90,38 @@ def parameters_before(rows: Rows, step: int) -> Row | None:
     return rows.get(Phase.INIT, 0) if step <= 1 else rows.get(Phase.PARAM, step - 1)
 
 
+def is_unheld(rows: Rows, step: int, name: str) -> bool:
+    """Whether a run trains a parameter that its optimizer does not hold.
+
+    It is trainable at init and gets a gradient, there is neither a clipped gradient nor state of it where others have them, and
+    after the step it is what it was before, or is not recorded any more.
+    """
+    init, gradients = rows.get(Phase.INIT, 0), rows.get(Phase.GRAD, step)
+    if init is None or name not in init.positions or not is_trainable(init, name):
+        return False
+    if gradients is not None and name not in gradients.positions:
+        return False
+    given = [row for phase in (Phase.CLIPPED_GRAD, Phase.OPT_STATE) if (row := rows.get(phase, step)) is not None]
+    if any(name in row.positions or name in row.float_state for row in given):
+        return False
+    after, before = rows.get(Phase.PARAM, step), parameters_before(rows, step)
+    if after is None or name not in after.positions:
+        return after is not None or bool(given)
+    digest = after.digest(name)
+    return bool(given and digest) and before is not None and name in before.positions and digest == before.digest(name)
+
+
+def _holder(rows: Rows, row: Row, name: str) -> Row:
+    """The row that holds a parameter: what an optimizer does not hold is what it was at init."""
+    init = None if name in row.positions else rows.get(Phase.INIT, 0)
+    return row if init is None or name not in init.positions else init
+
+
 def _comparable(a: Row, b: Row, name: str) -> bool:
     """Whether a record is a parameter that both sides hold, in one shape; a generator's state is no input of the model."""
-    if name not in b.positions or name.endswith(LORA_SCALE) or name.startswith(RNG_PREFIX) or a.entry(name).alias_of:
+    if name not in a.positions or name not in b.positions or name.endswith(LORA_SCALE) or name.startswith(RNG_PREFIX):
+        return False
+    if a.entry(name).alias_of:
         return False
     return is_trainable(a, name) and is_trainable(b, name) and a.shape(name) == b.shape(name)
 
@@ -104,15 +136,15 @@ def _change(a: Row, b: Row, name: str) -> _Change:
     return _Change(measured.diff if measured.nonfinite < 0 else float("inf"), norm)
 
 
-def _effect(name: str, changes: Mapping[str, _Change], init: Row | None) -> float:
+def _effect(name: str, changes: Mapping[str, _Change], inits: Sequence[Row]) -> float:
     """Relative change of the module that a parameter belongs to."""
     module = name.removesuffix(LORA_A).removesuffix(LORA_B)
     a, b = changes.get(module + LORA_A), changes.get(module + LORA_B)
     if a is None or b is None:
         return changes[name].relative
     weight = f"{module}.weight"
-    base = init.l2(weight) if init is not None and weight in init.positions else 0.0
-    if init is None or base <= 0.0:
+    base = max((init.l2(weight) for init in inits if weight in init.positions), default=0.0)
+    if base <= 0.0:
         return b.relative + (a.relative if b.norm > 0.0 else 0.0)
-    scale = init.scalar(module + LORA_SCALE)
-    return (1.0 if scale is None else abs(scale)) * (b.diff * a.norm + b.norm * a.diff) / base
+    scales = [abs(scale) for init in inits if (scale := init.scalar(module + LORA_SCALE)) is not None]
+    return max(scales, default=1.0) * (b.diff * a.norm + b.norm * a.diff) / base

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +22,19 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MatchedRow(Row):
-    """A row of `forward` of which only some positions are looked at: `kept` are their indices, of `recorded`.
+    """A row of `forward` of which only some positions are looked at: `chosen` are their indices, of `recorded`.
 
     A record that has not one row a position is none of them, and stays as it is.
     """
 
-    kept: npt.NDArray[np.intp]
+    chosen: npt.NDArray[np.intp]
     recorded: int
+    partial: ClassVar[bool] = True
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the rows that are looked at."""
         shape = super().shape(name)
-        return (len(self.kept), *shape[1:]) if shape[:1] == (self.recorded,) else shape
+        return (len(self.chosen), *shape[1:]) if shape[:1] == (self.recorded,) else shape
 
     def digest(self, name: str) -> bytes:  # noqa: ARG002 - the digest is that of all rows
         """None: a part of a record has no digest."""
@@ -48,7 +50,7 @@ class MatchedRow(Row):
         whole = super().read(name)
         if whole.shape[:1] != (self.recorded,):
             return whole
-        return Tensor(whole.stored[self.kept], whole.dtype)
+        return Tensor(whole.stored[self.chosen], whole.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Match:
         if self.whole:
             return a, b
         of_a, of_b = self.recorded
-        return MatchedRow(a.view, a.names, self.a, of_a), MatchedRow(b.view, b.names, self.b, of_b)
+        return MatchedRow(a.view, a.names, a.kept, self.a, of_a), MatchedRow(b.view, b.names, b.kept, self.b, of_b)
 
 
 def match(a: Row, b: Row) -> Match | None:

@@ -6,11 +6,19 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Final
 
 from differ.policy import Policy, default_policy
-from differ.reference import References
 from tracer.names import Rule
 from tracer.schema import Phase
+
+if TYPE_CHECKING:
+    from differ.reference import References
+
+
+# Engines that `--reference` may name, and the dtypes that they compute in: see `differ.reference`.
+ENGINES: Final = ("torch",)
+ENGINE_DTYPES: Final = ("float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,9 @@ class DiffOptions:
 
     `rules` rename the records of both sides (`trace diff --map`).  `only` and `omit` are globs on names, `steps` an
     inclusive range, `phases` a choice: what they leave out is neither judged nor counted, but it is still read where
-    a replay or a distance between inputs needs it.  `probe` is called with every judged record, for calibration.
+    a replay or a distance between inputs needs it.  A phase that is left out explains nothing: what a divergence in it does
+    to one that is judged is a finding there (differ.judges.left_out).
+    `probe` is called with every judged record, for calibration.
     `noise`: twins of either side, whose distance from it is the noise floor.
     `progress` is called with the number of steps done and their total, before the first and after each.
     `reference`: both sides recomputed (differ.reference), which then decides on losses and gradients.

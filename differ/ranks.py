@@ -132,8 +132,9 @@ def find_drift(session: Session, pair: RowPair) -> None:
         if own:
             _find(session, pair, side, own)
             # From here on there is not one model.
-            session.model_blocked |= pair.phase in (Phase.PARAM, Phase.INIT)
-            session.step_blocked = True
+            if pair.phase in (Phase.PARAM, Phase.INIT):
+                session.block_model(pair.phase)
+            session.block_step(pair.phase)
 
 
 def _bits(drift: Drift) -> tuple[object, ...]:
@@ -142,7 +143,7 @@ def _bits(drift: Drift) -> tuple[object, ...]:
 
 
 def _find(session: Session, pair: RowPair, side: str, drifts: list[Drift]) -> None:
-    if not session.first_time("drift", side):
+    if not session.first_time("drift", side, session.options.wants_phase(pair.phase)):
         for drift in drifts:
             session.tally.repeated(pair.phase, drift.name)
         return

@@ -27,8 +27,6 @@ from differ.policy import Policy
 from tracer.errors import TraceError
 from tracer.schema import Phase
 
-ENGINES: Final = ("torch",)
-DTYPES: Final = ("float32", "float64")
 FOLLOWS: Final = "follows"
 DOES_NOT: Final = "does not follow"
 LOSS: Final = "loss"

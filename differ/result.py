@@ -11,11 +11,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from differ.reference import ReferencePair
-from differ.series import Series
 from tracer._version import DISTRIBUTION, VERSION
+
+if TYPE_CHECKING:
+    from differ.reference import ReferencePair
+    from differ.series import Series
 
 # History of the format.  1: first release.
 FORMAT: Final = 1

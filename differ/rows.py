@@ -9,9 +9,8 @@ from typing import Final
 from differ.align import Row
 from differ.fingerprint import judge_sketched, sketched_names
 from differ.inputs import LORA_A, LORA_SCALE
-from differ.judges import JUDGES
+from differ.judges import JUDGES, unheld
 from differ.judges.groups import judge_groups
-from differ.matching import MatchedRow, match
 from differ.replay.rules.adafactor import SIZE as DERIVED_STATE
 from differ.replay.rules.sgd import MOMENTUM
 from differ.result import Cause, Finding, Kind
@@ -24,6 +23,8 @@ UNJUDGED: Final = (RNG_PREFIX, REPORTED_PREFIX)
 # What only some frameworks are given in a batch; on one side only it is no divergence.
 OPTIONAL_IN_BATCH: Final = ("attention_mask", "position_ids", "args.")
 # Phases whose records are outputs of the model: with unequal inputs their structure says nothing either.
+# An optimizer's update counter: of all parameters, or `<parameter>/step`.
+COUNTER: Final = "step"
 MODEL_PHASES: Final = (Phase.FORWARD, Phase.LOSS, Phase.EVAL)
 # Candidates are looked up for this many missing names of a row, which is more than a report shows.
 MOST_CANDIDATES: Final = 20
@@ -61,13 +62,15 @@ def compare_rows(session: Session, pair: RowPair) -> None:
             differing.append(name)
     session.tally.same(pair.step, pair.phase, same)
     estimated = sketched_names(pair, differing)
-    if estimated and isinstance(pair.a, MatchedRow):
+    if estimated and pair.a.partial:
         # A sketch is of all rows and cannot be had of some.
         session.tally.left_out(pair.phase, len(estimated))
         differing = [name for name in differing if name not in set(estimated)]
     elif estimated:
         judge_sketched(session, pair, estimated)
         differing = [name for name in differing if name not in set(estimated)]
+    if pair.phase in (Phase.GRAD, Phase.PARAM):
+        differing = unheld.followed(session, pair, differing)
     if differing:
         JUDGES[pair.phase](session, pair, differing)
 
@@ -77,6 +80,8 @@ def _matched(session: Session, pair: RowPair) -> RowPair | None:
     _note_modules(session, pair)
     if POSITIONS not in pair.a.positions and POSITIONS not in pair.b.positions:
         return pair  # whole outputs, as somebody else's recorder may write them
+    from differ.matching import match
+
     found = match(pair.a, pair.b)
     if found is None or len(found.positions) == 0:
         reason = "a side does not say which positions it has" if found is None else "they have no position in common"
@@ -139,9 +144,9 @@ def _differs_in_structure(session: Session, pair: RowPair, name: str) -> bool:
         session.tally.explained(pair.phase)
     elif pair.phase is Phase.BATCH and not session.first_time(pair.phase, name):
         session.tally.repeated(pair.phase, name)
-        session.step_blocked = True
+        session.block_step(pair.phase)
     else:
-        if pair.phase is not Phase.BATCH:
+        if pair.phase is not Phase.BATCH and session.options.wants_phase(pair.phase):
             session.structural.add(key)
         session.measured(pair, name, 1.0, 0.0, diverged=True)
         found = structure_finding(pair, name, kind)
@@ -171,9 +176,9 @@ def _is_explained(session: Session, phase: Phase) -> bool:
 def _block(session: Session, phase: Phase) -> None:
     """What a structural divergence in a phase takes the meaning from."""
     if phase is Phase.INIT:
-        session.model_blocked = True
+        session.block_model(phase)
     elif phase in (Phase.BATCH, Phase.FORWARD, Phase.LOSS, Phase.GRAD):
-        session.step_blocked = True
+        session.block_step(phase)
 
 
 def _one_sided(session: Session, pair: RowPair, names: Sequence[str], *, other: Sequence[str], in_a: bool) -> None:
@@ -191,13 +196,16 @@ def _one_sided(session: Session, pair: RowPair, names: Sequence[str], *, other: 
         if _is_explained(session, pair.phase) or _follows_from(session, pair, row, name) or key in session.structural:
             session.tally.explained(pair.phase)
             continue
-        session.structural.add(key)
         candidates: tuple[str, ...] = ()
-        if looked_up < MOST_CANDIDATES:
+        if session.options.wants_phase(pair.phase):
+            session.structural.add(key)
+        if looked_up < MOST_CANDIDATES and session.options.wants_phase(pair.phase):
             candidates = tuple(nearest(name, other, cutoff=ALIKE))
             looked_up += 1
         session.tally.find(structure_finding(pair, name, kind, nearest=candidates))
         _block(session, pair.phase)
+        if session.options.wants_phase(pair.phase):
+            unheld.remember(session, pair, name, in_a=in_a)
 
 
 def _may_be_missing(pair: RowPair, row: Row, name: str) -> bool:
@@ -213,11 +221,23 @@ def _may_be_missing(pair: RowPair, row: Row, name: str) -> bool:
     if pair.phase is Phase.OPT_STATE:
         kind = split_state_name(name)[1]
         # transformers' Adafactor keeps the size of the weights; MLX's SGD without momentum a buffer of zeros.
-        return kind == DERIVED_STATE or (kind == MOMENTUM[0] and row.state(name) is State.ZERO)
+        zeros = kind == MOMENTUM[0] and row.state(name) is State.ZERO
+        return kind == DERIVED_STATE or zeros or (kind == COUNTER and _is_counted(pair, row, name))
     if pair.phase is Phase.INIT:
         target = row.entry(name).alias_of.partition("/")[2]
         return bool(target) and target in pair.a.positions and target in pair.b.positions
     return False
+
+
+def _is_counted(pair: RowPair, row: Row, name: str) -> bool:
+    """Whether the other side has an update counter's value: one for all parameters where this side has one for each, or one each.
+
+    Parameters are counted one by one once their counts differ; each that is what all have on the other side is the same.
+    """
+    other = pair.b if row is pair.a else pair.a
+    if name == COUNTER:
+        return any(split_state_name(each)[1] == COUNTER and each != COUNTER for each in other.positions)
+    return COUNTER in other.positions and row.scalar(name) == other.scalar(COUNTER)
 
 
 def _follows_from(session: Session, pair: RowPair, row: Row, name: str) -> bool:

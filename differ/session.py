@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from differ.align import Aligner, Row, Rows, Tensor
 from differ.compare import Distance, element, max_ulp, multi_index
 from differ.inputs import Inputs
-from differ.noise import NoiseFloor
 from differ.options import DiffOptions, Measurement
 from differ.policy import Policy, Tolerance
-from differ.replay.rules.base import Rule
 from differ.result import Cause, Finding, Kind
 from differ.tally import Tally
 from tracer.dtypes import coarser
 from tracer.names import split_state_name
 from tracer.schema import TOKEN_LOSS, WHOLE_STEP, Phase
+
+if TYPE_CHECKING:
+    from differ.noise import NoiseFloor
+    from differ.replay.rules.base import Rule
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Session:
 
     `dtype` is the coarser of the two models'.  `model_blocked`: the two models differ from the start, so that their
     outputs tell nothing; `step_blocked`: something upstream in this step diverged.  `noise`: the floor of the twins, if any.
+    A phase that is left out of the judgement explains nothing, so it blocks nothing.
     """
 
     a: Rows
@@ -75,15 +79,22 @@ class Session:
     model_blocked: bool = False
     step_blocked: bool = False
     structural: set[str] = field(default_factory=set)
+    # Parameters that one side trains and its optimizer does not hold.
+    unheld: set[str] = field(default_factory=set)
     seen: set[tuple[object, ...]] = field(default_factory=set)
     followed: dict[str, set[str]] = field(default_factory=lambda: {"a": set(), "b": set()})
     noted: set[tuple[object, ...]] = field(default_factory=set)
     diverged_at: dict[Phase, int] = field(default_factory=dict)
     # step -> micro-batch -> what either side multiplied the mean of its token losses by, where that differs.
     loss_weights: dict[int, Mapping[int, tuple[float, float]]] = field(default_factory=dict)
+    # How a and b may reduce their losses, once the gradients of a step have borne it out.
+    reductions: frozenset[tuple[str, str]] = frozenset()
     known: dict[Phase, KnownRules] = field(default_factory=dict)
-    # The ratio of a phase's records that was excused as systematic but small.
-    ratios: dict[Phase, float] = field(default_factory=dict)
+    # Where the logarithm of a ratio of all of a phase's records may be, from each step that shows one.
+    ratios: dict[Phase, tuple[float, float]] = field(default_factory=dict)
+    # The first step that starts from parameters which what was left out moved apart, and how far that was looked for.
+    parted_at: int | None = None
+    looked_to: int = 0
 
     @property
     def policy(self) -> Policy:
@@ -100,6 +111,14 @@ class Session:
             own = self.policy.tolerance(pair.phase, dtype, name)
             return own if own.explicit else self.policy.tolerance(Phase.FORWARD, dtype, name)
         return self.policy.tolerance(pair.phase, dtype, name)
+
+    def block_step(self, phase: Phase) -> None:
+        """A divergence in a phase explains what comes after it in this step."""
+        self.step_blocked |= self.options.wants_phase(phase)
+
+    def block_model(self, phase: Phase) -> None:
+        """A divergence in a phase explains all that the model computes from here on."""
+        self.model_blocked |= self.options.wants_phase(phase)
 
     def first_time(self, *key: object) -> bool:
         """Whether a divergence with this key is new; remembers it."""

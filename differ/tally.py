@@ -39,6 +39,8 @@ class Tally:
     worst: Worst | None = None
     phases: dict[tuple[int, Phase], PhaseTally] = field(default_factory=dict)
     repeats: Counter[tuple[Phase, str]] = field(default_factory=Counter)
+    # The first divergence in each phase that `phases` leaves out of the judgement.
+    hidden: dict[Phase, Finding] = field(default_factory=dict)
 
     def same(self, step: int, phase: Phase, count: int = 1) -> None:
         """Records with the same bits."""
@@ -80,9 +82,12 @@ class Tally:
             self.unrecorded += count
 
     def find(self, finding: Finding) -> None:
-        """Add a finding."""
-        if self.options.wants_phase(Phase.parse(finding.phase)):
+        """Add a finding, or remember the first one of a phase that is left out."""
+        phase = Phase.parse(finding.phase)
+        if self.options.wants_phase(phase):
             self.findings.append(finding)
+        elif phase not in self.hidden or causal_order(finding) < causal_order(self.hidden[phase]):
+            self.hidden[phase] = finding
 
     def note(self, note: Cause) -> None:
         """Add a note."""

@@ -68,6 +68,8 @@ class Run:
     reset_names: str = ""
     reset_counter: bool = False
     stuck: str = ""
+    # Parameters that the optimizer was not given, and whose gradients it does not clear.
+    unheld: str = ""
     at: int = 2
     declared: dict[str, Any] = field(default_factory=dict)
     observed: dict[str, Any] = field(default_factory=dict)
@@ -261,6 +263,7 @@ class Trainer:
                 self.params[_factor(layer, "A")] = a
                 self.params[_factor(layer, "B")] = np.zeros((HIDDEN, RANK), F32)
         self.state: dict[str, np.ndarray] = {}
+        self.piled: dict[str, np.ndarray] = {}
         self.jitter = np.random.default_rng(run.noise_seed)
         self.data = np.random.default_rng(run.seed)
 
@@ -301,11 +304,15 @@ class Trainer:
             )
             rows += [Row(Phase.BATCH, step, micro, batch), Row(Phase.LOSS, step, micro, (record("loss", loss),))]
         grads = {name: self._noisy(g * F32(self.run.grad_factor / self.run.micro_batches)) for name, g in grads.items()}
+        for name in grads:
+            if not self._holds(name):
+                self.piled[name] = grads[name] = grads[name] + self.piled.get(name, F32(0))
         if self.run.tamper is not None:
             self.run.tamper(step, grads)
-        clipped = self._clip(grads)
+        held = {name: g for name, g in grads.items() if self._holds(name)}
+        clipped = self._clip(held)
         rows.append(Row(Phase.GRAD, step, WHOLE_STEP, tuple(record(name, g.copy()) for name, g in grads.items())))
-        rows.append(Row(Phase.CLIPPED_GRAD, step, WHOLE_STEP, tuple(_clipped_records(grads, clipped))))
+        rows.append(Row(Phase.CLIPPED_GRAD, step, WHOLE_STEP, tuple(_clipped_records(held, clipped))))
         with np.errstate(invalid="ignore", over="ignore"):
             self._forget(step)
             self._update(step, clipped)
@@ -317,6 +324,9 @@ class Trainer:
         rows.append(Row(Phase.PARAM, step, WHOLE_STEP, tuple(record(n, v.copy()) for n, v in self.params.items())))
         rows.append(Row(Phase.EVAL, step, WHOLE_STEP, (record("score", F32(loss)),)))
         return rows
+
+    def _holds(self, name: str) -> bool:
+        return not self.run.unheld or self.run.unheld not in name
 
     def _hparams(self) -> Iterable[Record]:
         run = self.run

@@ -27,12 +27,14 @@ __all__ = ["__version__", "declare", "log", "open", "record"]
 def record(path: str | os.PathLike[str], **options: Any) -> AbstractContextManager[Recorder]:
     """Record everything that trains inside the `with` block into `path`.
 
-    Options are the fields of `tracer.recorder.RecordOptions`.  A compiled step must be built inside the block:
-    one that was compiled before cannot be looked into.
+    Options are the fields of `tracer.recorder.RecordOptions`, also in the words of the command line: `what="grad,param"`,
+    `steps="1:5"`, `only="*.lora_A.*"`.  Raises BadUsage for a value that means nothing.  A compiled step must be built
+    inside the block: one that was compiled before cannot be looked into.
     """
+    from tracer.asked import understood
     from tracer.recorder import recording
 
-    return recording(path, **options)
+    return recording(path, **understood(options))
 
 
 def declare(**settings: Any) -> None:

@@ -18,6 +18,8 @@ class TraceError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(hint)  # a traceback, in a notebook for instance, shows it too
 
     def line(self) -> str:
         """The error as one line: message, hint, slug."""

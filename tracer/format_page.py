@@ -61,8 +61,9 @@ Recorded only if it is asked for (`--what all`, `--token-loss`, `--micro-grads`)
   label), or `--forward-rows` of them spread evenly. The others are the outputs of the modules in the order in which they
   returned, [n, features], in the dtype in which they were computed, under the modules' canonical names: `model.embed_tokens`
   (what the first layer gets, so after an embedding scale), `model.layers.0.self_attn.q_proj.base_layer` (the frozen projection
-  under LoRA), `….q_proj.lora_delta` (what LoRA adds to it), `….q_proj`, `….self_attn`, `….mlp`, `model.layers.0`, `model.norm`,
-  `lm_head` (the logits). A module that is called again is `name#2`.
+  under LoRA), `….q_proj.lora_dropout` (what a dropout leaves of the adapter's input, where there is one), `….q_proj.lora_delta`
+  (what LoRA adds to it), `….q_proj`, `….self_attn`, `….mlp`, `model.layers.0`, `model.norm`, `lm_head` (the logits). A module
+  that is called again is `name#2`. Activations and rotary tables only if `--modules` asks for them (`'*'` for all there is).
 - `token_loss` in `loss`, float32 [B, L], is aligned with `labels`: -log p of the token at t, 0 where that is not supervised.
 - Rows of `grad` with the number of a micro-batch hold what its own backward added to the gradients.
 """

@@ -32,47 +32,55 @@ def _rule(pattern: str, replacement: str, transpose: bool = False) -> Rule:
     return Rule(re.compile(pattern), replacement, transpose)
 
 
-BUILT_IN: Final[tuple[Rule, ...]] = (
-    # Wrappers around a model: torch.compile, DDP, PEFT.
-    _rule(r"(?:^|(?<=\.))_orig_mod\.", ""),
-    _rule(r"^(?:module\.)+", ""),
-    _rule(r"^base_model\.model\.", ""),
-    # PEFT puts the adapter's name between the factor and `weight`.
-    _rule(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)\.weight$", r".\1.weight"),
-    _rule(r"\.(lora_embedding_[AB])\.([^.]+)$", r".\1.weight"),
-    _rule(r"\.base_layer\.(weight|bias)$", r".\1"),
-    # A whole module that PEFT trains in a copy; the frozen one is then `original_module`.
-    _rule(r"\.modules_to_save\.[^.]+\.(\w+)$", r".\1"),
-    # mlx-lm keeps LoRA factors as [in, r] and [r, out].
-    _rule(r"\.lora_a$", ".lora_A.weight", transpose=True),
-    _rule(r"\.lora_b$", ".lora_B.weight", transpose=True),
-    # mlx-lm's name for DoRA's magnitudes.
-    _rule(r"_proj\.m$", "_proj.lora_magnitude_vector.weight"),
-    # mlx-lm wraps the frozen layer as `linear` (or `embedding`).
-    _rule(r"_proj\.linear\.(\w+)$", r"_proj.\1"),
-    _rule(r"\.(embed_tokens|lm_head)\.(?:embedding|linear)\.(\w+)$", r".\1.\2"),
-    # The same wrappers as modules: what is inside a LoRA layer is its base layer.
-    _rule(r"(_proj|\.embed_tokens|(?:^|\.)lm_head)\.(?:linear|embedding)$", r"\1.base_layer"),
-    # Multimodal Gemma-3 under mlx-lm against transformers.
-    _rule(r"^language_model\.model\.", "model.language_model."),
-)
+@cache
+def built_in() -> tuple[Rule, ...]:
+    """The rules for what frameworks and their wrappers call things; compiled when the first name is mapped."""
+    return (
+        # Wrappers around a model: torch.compile, DDP, PEFT.
+        _rule(r"(?:^|(?<=\.))_orig_mod\.", ""),
+        _rule(r"^(?:module\.)+", ""),
+        _rule(r"^base_model\.model\.", ""),
+        # PEFT puts the adapter's name between the factor and `weight`.
+        _rule(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)\.weight$", r".\1.weight"),
+        _rule(r"\.(lora_embedding_[AB])\.([^.]+)$", r".\1.weight"),
+        _rule(r"\.base_layer\.(weight|bias)$", r".\1"),
+        # A whole module that PEFT trains in a copy; the frozen one is then `original_module`.
+        _rule(r"\.modules_to_save\.[^.]+\.(\w+)$", r".\1"),
+        # mlx-lm keeps LoRA factors as [in, r] and [r, out].
+        _rule(r"\.lora_a$", ".lora_A.weight", transpose=True),
+        _rule(r"\.lora_b$", ".lora_B.weight", transpose=True),
+        # mlx-lm's name for DoRA's magnitudes.
+        _rule(r"_proj\.m$", "_proj.lora_magnitude_vector.weight"),
+        # mlx-lm wraps the frozen layer as `linear` (or `embedding`).
+        _rule(r"_proj\.linear\.(\w+)$", r"_proj.\1"),
+        _rule(r"\.(embed_tokens|lm_head)\.(?:embedding|linear)\.(\w+)$", r".\1.\2"),
+        # The same wrappers as modules: what is inside a LoRA layer is its base layer.
+        _rule(r"(_proj|\.embed_tokens|(?:^|\.)lm_head)\.(?:linear|embedding)$", r"\1.base_layer"),
+        # The dropout before a LoRA layer's factors, as PEFT and as mlx-lm keep it.
+        _rule(r"\.lora_dropout\.[^.]+$", ".lora_dropout"),
+        _rule(r"(_proj|\.embed_tokens|(?:^|\.)lm_head)\.dropout$", r"\1.lora_dropout"),
+        # Multimodal Gemma-3 under mlx-lm against transformers.
+        _rule(r"^language_model\.model\.", "model.language_model."),
+    )
 
 
 # Last parts of the names of modules whose outputs say nothing that those around them do not: activations, dropouts, tables of
 # angles, the factors inside a LoRA layer, and wrappers around a whole model.
-_UNUSUAL: Final = re.compile(
+_UNUSUAL: Final = (
     r"(^|\.)(act|act_fn|activation\w*|gelu|silu|relu|softmax|\w*dropout\w*|rotary_emb\w*|rope\w*|lora_\w+|modules_to_save|original_module)(\.|$)"
     r"|^(|model|language_model|transformer|base_model|base_model\.model|module|_orig_mod|model\.language_model)$"
 )
 # `…q_proj.lora_delta`: the output of a LoRA layer less that of its base layer.
 LORA_DELTA: Final = ".lora_delta"
+# `…q_proj.lora_dropout`: what a LoRA layer's dropout leaves of its input; recorded where there is such a dropout.
+LORA_DROPOUT: Final = ".lora_dropout"
 BASE_LAYER: Final = ".base_layer"
 
 
 def is_usual_module(name: str) -> bool:
     """Whether the output of a module (canonical name) is recorded without being asked for: embeddings, norms, attention, mlp,
-    projections, layers, the head, and what LoRA adds to one of them."""
-    return _UNUSUAL.search(name.removesuffix(LORA_DELTA)) is None
+    projections, layers, the head, and what LoRA adds to one of them and drops of its input."""
+    return re.search(_UNUSUAL, name.removesuffix(LORA_DELTA).removesuffix(LORA_DROPOUT)) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class Canonical:
 
 
 # A tensor of a PEFT adapter, with the adapter's name, which a canonical name does not have.
-_ADAPTER: Final = re.compile(
+_ADAPTER: Final = (
     r"\.lora_\w+\.(?!weight$)(?P<of_factor>[^.]+)(?:\.weight)?$|\.modules_to_save\.(?P<of_copy>[^.]+)\.\w+$"
 )
 
@@ -97,7 +105,7 @@ class NameMap:
     """
 
     def __init__(self, extra: Iterable[Rule] = ()) -> None:
-        self.rules: tuple[Rule, ...] = (*extra, *BUILT_IN)
+        self.rules: tuple[Rule, ...] = (*extra, *built_in())
         self._known: dict[str, Canonical] = {}
         self._adapters: dict[str, str] = {}
 
@@ -109,7 +117,7 @@ class NameMap:
         return known
 
     def _of_one_adapter(self, original: str, canonical: Canonical) -> Canonical:
-        found = _ADAPTER.search(original)
+        found = re.search(_ADAPTER, original)
         if found is None:
             return canonical
         adapter = found["of_factor"] or found["of_copy"]

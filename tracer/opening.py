@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import fnmatch
 import os
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,18 @@ def check_readable(path: Path) -> None:
         raise NoPermission(f"{path} may not be read", "mend its permissions (chmod u+r)") from error
     except OSError as error:
         raise NotFound(f"{path} cannot be opened: {error.strerror or error}", "check the name") from error
+
+
+def being_written(fd: int) -> bool | None:
+    """Whether a recorder has the file open for writing; None where the file system knows no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
 
 
 def open_hdf5(path: Path, fd: int) -> Any:

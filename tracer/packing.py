@@ -23,6 +23,9 @@ from tracer.schema import IndexEntry, Record, Row, State
 MAX_ROW_BYTES: Final = 2 * 2**30
 # Statistics are computed over this many elements at a time, so that they need no second copy of a large tensor.
 BLOCK: Final = 2**20
+# Tensors of up to this many elements are measured together with others of their size.  Larger ones are not worth it, and numpy
+# adds the squares of several in another order than those of one when they do not fit its buffer, which is of this size.
+TOGETHER: Final = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,27 +93,87 @@ def pack_plan(records: Sequence[Record]) -> tuple[list[Slot], dict[str, tuple[st
 def measure(records: Sequence[Record], slots: Sequence[Slot], packed: Mapping[str, npt.NDArray[Any]]) -> Tables:
     """Pack the records' data into `packed` and measure each: digest, state, statistics."""
     n = len(records)
-    tables = Tables(np.zeros(n, f"V{schema.DIGEST_BYTES}"), np.zeros(n, np.uint8), np.zeros((n, len(schema.STATS))))
+    states = np.array([record.state for record in records], np.uint8)
+    tables = Tables(np.zeros(n, f"V{schema.DIGEST_BYTES}"), states, np.zeros((n, len(schema.STATS))))
+    stored: dict[str, list[int]] = {name: [] for name in packed}
     for i, (record, slot) in enumerate(zip(records, slots, strict=True)):
-        tables.state[i] = record.state
         if record.fingerprint is not None:
             tables.digest[i] = np.void(record.fingerprint.digest)
             tables.stats[i] = record.fingerprint.stats
             if record.fingerprint.sketch is not None:
                 packed[slot.dataset][slot.offset : slot.offset + slot.size] = record.fingerprint.sketch
+        elif record.data is None:
             continue
-        if record.data is None:
-            continue
-        if slot.dataset and slot.size:
-            values = packed[slot.dataset][slot.offset : slot.offset + slot.size]
-            values.reshape(record.shape)[...] = record.data
+        elif slot.dataset and slot.size:
+            stored[slot.dataset].append(i)
         else:
             values = np.ascontiguousarray(record.data).reshape(-1)
-        tables.digest[i] = np.void(xxhash.xxh3_128_digest(values.view(np.uint8).data))
-        tables.stats[i] = statistics(values, record.dtype)
-        if record.state is State.VALUE and slot.size and tables.stats[i, _ZEROS] == slot.size:
-            tables.state[i] = State.ZERO
+            tables.digest[i] = np.void(xxhash.xxh3_128_digest(values.view(np.uint8).data))
+            tables.stats[i] = statistics(values, record.dtype)
+    for name, indices in stored.items():
+        if not indices:
+            continue
+        row, places = packed[name], [slots[i] for i in indices]
+        _copy([records[i] for i in indices], places, row)
+        tables.digest[indices] = _digests(row, places)
+        tables.stats[indices] = _statistics(row, places, records[indices[0]].dtype)
+    # Of a fingerprint the state is known, and its slot has the size of the sketch.
+    sizes = np.array(
+        [0 if r.fingerprint is not None else slot.size for r, slot in zip(records, slots, strict=True)], np.int64
+    )
+    states[(states == State.VALUE) & (sizes > 0) & (tables.stats[:, _ZEROS] == sizes)] = State.ZERO
     return tables
+
+
+def _copy(records: Sequence[Record], places: Sequence[Slot], row: npt.NDArray[Any]) -> None:
+    """Copy records to their places in a packed row."""
+    for record, slot in zip(records, places, strict=True):
+        row[slot.offset : slot.offset + slot.size].reshape(record.shape)[...] = record.data
+
+
+def _digests(row: npt.NDArray[Any], places: Sequence[Slot]) -> npt.NDArray[np.void]:
+    """Digest of each place of a packed row, V16[n]."""
+    data, width = row.view(np.uint8).data, row.itemsize
+    found = [xxhash.xxh3_128_digest(data[s.offset * width : (s.offset + s.size) * width]) for s in places]
+    return np.frombuffer(b"".join(found), f"V{schema.DIGEST_BYTES}")
+
+
+def _statistics(row: npt.NDArray[Any], places: Sequence[Slot], dtype: str) -> npt.NDArray[np.float64]:
+    """STATS of each place of a packed row, float64[n, 7]; to the bit what `statistics` says of one alone.
+
+    A model has hundreds of small tensors of a few sizes: those of a size are measured together, with as many calls as one takes.
+    """
+    found = np.empty((len(places), len(schema.STATS)))
+    by_size: dict[int, list[int]] = {}
+    for i, slot in enumerate(places):
+        by_size.setdefault(slot.size, []).append(i)
+    for size, indices in by_size.items():
+        at_once = BLOCK // size if size <= TOGETHER else 1
+        for start in range(0, len(indices), at_once):
+            group = indices[start : start + at_once]
+            values = [row[places[i].offset : places[i].offset + size] for i in group]
+            if len(group) == 1:
+                found[group[0]] = statistics(values[0], dtype)
+            else:
+                found[group] = _statistics_of_equals(np.concatenate(values).reshape(-1, size), dtype)
+    return found
+
+
+def _statistics_of_equals(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float64]:
+    """STATS of each row of a stored array [k, at most TOGETHER]: float64[k, 7]."""
+    numbers = to_float64(values, dtype)
+    k, size = len(numbers), int(numbers.shape[1])
+    with np.errstate(all="ignore"):
+        squares = np.einsum("ki,ki->k", numbers, numbers)
+        finite = np.isfinite(squares)
+        columns = (np.sqrt(squares), numbers.min(axis=1), numbers.max(axis=1), numbers.sum(axis=1) / size)
+    found = np.zeros((k, len(schema.STATS)))
+    for i, column in enumerate(columns):
+        found[:, i] = column
+    found[:, _ZEROS] = size - np.count_nonzero(numbers, axis=1).astype(np.int64)
+    for row in np.flatnonzero(~finite):
+        found[row] = statistics(values[row], dtype)
+    return found
 
 
 _ZEROS: Final = schema.STATS.index("zeros")

@@ -22,6 +22,8 @@ VARIABLES: Final = (
     ("PMI_RANK", "PMI_SIZE"),
     ("MLX_RANK", "MLX_WORLD_SIZE"),
 )
+# What `accelerate launch` sets in the one process that it starts, which has no rank.
+ALONE: Final = "ACCELERATE_MIXED_PRECISION"
 # Files in which mlx.launch lists the processes, one entry each.
 MLX_LISTS: Final = ("MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_DEVICES")
 # How many times torchrun has started this rank anew after a failure.
@@ -71,7 +73,7 @@ def place(environment: Mapping[str, str] | None = None) -> Place | None:
             size = _listed(found)
         if size is not None and (size > 1 or _launch) and rank < size:
             return Place(rank, size, _number(found.get(RESTARTS)) or 0)
-    return None
+    return Place(0, 1) if _launch and ALONE in found else None
 
 
 def _number(text: str | None) -> int | None:

@@ -11,7 +11,8 @@ A loss so divided is what the run as a whole differentiates, as in one process t
 number.  Ranks that are fed the same batches (parts of one model) count once.  With `joined` the micro-batches of the ranks become
 one: the batch that a single process would see.
 
-Invariants: only steps that every rank has are shown; a rank that is missing, or is of another run, is an error.
+Invariants: only steps that every rank has are shown; a rank that is missing, has no step, or is of another run, is an error
+that names it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import xxhash
 
 from tracer.built import Absent, BuiltLayout, BuiltRow, Drift, Held, Made, Pieces, Source
 from tracer.dtypes import from_float64, to_float64
-from tracer.errors import MissingRank
+from tracer.errors import Damaged, Empty, MissingRank, NotATrace
 from tracer.joining import join_rows
 from tracer.local_gradients import share_of
 from tracer.reader import RowKey, RowView, Trace, open_trace
@@ -56,11 +57,47 @@ class Order(enum.StrEnum):
 def open_ranks(run: Path, files: Mapping[int, Path]) -> RankTrace:
     """Open the files of a run's ranks as the trace `run`; raises MissingRank, and whatever opening one raises."""
     with contextlib.ExitStack() as stack:
-        members = {rank: stack.enter_context(open_trace(file)) for rank, file in files.items()}
+        members: dict[int, Trace] = {}
+        without_steps: list[int] = []
+        for rank, file in files.items():
+            try:
+                members[rank] = stack.enter_context(open_trace(file))
+            except Empty:
+                without_steps.append(rank)
+            except (NotATrace, Damaged) as error:
+                if file.stat().st_size:
+                    raise type(error)(f"rank {rank} of {run}: {error}", error.hint) from error
+                without_steps.append(rank)
+        if without_steps:
+            raise _without_steps(run, files, members, without_steps)
         _check_complete(run, members)
         trace = RankTrace(run, list(members.values()))
         stack.pop_all()
         return trace
+
+
+def _without_steps(
+    run: Path, files: Mapping[int, Path], members: Mapping[int, Trace], ranks: Sequence[int]
+) -> MissingRank:
+    """The error that says which ranks ended before their first step, and what there is of the others."""
+    names = ", ".join(files[rank].name for rank in ranks)
+    several = "s" * (len(ranks) > 1)
+    which = f"rank{several} {', '.join(map(str, ranks))}"
+    have = "have" if several else "has"
+    if not members:
+        return MissingRank(f"{run}: {which} {have} no complete step ({names})", "record the run again")
+    first = min(members)
+    world = int(members[first].env.get("world_size", 0))
+    if max(ranks) >= world:
+        return MissingRank(
+            f"{names} {'are' if several else 'is'} not of the run of {members[first].path.name}, which has {world} ranks",
+            "remove what is left of an earlier run",
+        )
+    left = ", ".join(f"rank {rank} up to step {trace.last_step}" for rank, trace in members.items())
+    return MissingRank(
+        f"{run}: {which} of {world} {have} no complete step ({names}), killed before the first one; there is {left}",
+        f"record the run again, or look at one rank by itself: {members[first].path}",
+    )
 
 
 def _check_complete(run: Path, members: Mapping[int, Trace]) -> None:

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tracer import schema
+from tracer import schema, tables
 from tracer.errors import Damaged, Empty, NewerFormat, NotATrace
-from tracer.opening import RERECORD, check_readable, damage, find_ranks, open_hdf5
+from tracer.opening import RERECORD, being_written, check_readable, damage, find_ranks, open_hdf5
 from tracer.rows import Layout, RowView
 from tracer.schema import WHOLE_STEP, Phase
 
@@ -34,6 +33,13 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "RowKey", "RowView", "Trace", "open_trace"]
 
 RowKey = tuple[Phase, int, int]
+
+# Why a trace has no end, by whether it is being written.
+_NO_END: Final = {
+    True: "it is still being recorded",
+    False: "the run was killed",
+    None: "it is still being recorded, or was killed",
+}
 
 
 def open_trace(path: str | os.PathLike[str]) -> Trace:
@@ -83,7 +89,7 @@ class Trace:
         committed = int(self._file[schema.COMMITTED][0])
         if committed == 0:
             raise Empty(f"{self.path} has no committed step", "the run ended before its first step was complete")
-        table = self._table(self._file[schema.STEPS])
+        table = tables.read_table(self._file, schema.STEPS, tables.STEPS, self._size)
         if not 0 < committed <= len(table):
             raise Damaged(f"{self.path} is damaged: its counter says {committed} commits", RERECORD)
         table = table[:committed]
@@ -98,7 +104,7 @@ class Trace:
         for phase in Phase:
             for number in self._file.get(f"{place}{phase.label}", ()):
                 layout = Layout(self, phase, self._file[f"{place}{phase.label}/{number}"])
-                for position, entry in enumerate(self._table(layout.group[schema.ROWS])):
+                for position, entry in enumerate(tables.read_table(layout.group, schema.ROWS, tables.ROWS, self._size)):
                     step, micro_batch, seal = int(entry["step"]), int(entry["micro_batch"]), entry["seal"].tobytes()
                     if step in committed and any(seal):
                         rows[phase, step, micro_batch] = RowView(layout, position, step, micro_batch, seal)
@@ -148,10 +154,11 @@ class Trace:
     def end(self) -> dict[str, Any]:
         """How recording ended: `finished`, `reason`, `commits`."""
         try:
-            return self.document("end")
+            end = self.document("end")
         except Damaged:
             # Killed while it was being written: the steps are whole all the same.
             return {"finished": False, "reason": "the end was not written completely"}
+        return {**end, "reason": _NO_END[being_written(self._fd)]} if end == json.loads(schema.RUNNING) else end
 
     @property
     def finished(self) -> bool:
@@ -190,6 +197,11 @@ class Trace:
     def parts(self) -> tuple[Trace, ...]:
         """The files that this trace is read from: itself, or one a rank."""
         return (self,)
+
+    @property
+    def of_ranks(self) -> bool:
+        """Whether this is the run of several ranks, put together (`tracer.ranks.RankTrace`)."""
+        return self.parts[0] is not self
 
     def drifts(self) -> Iterator[tuple[RowView, Drift]]:
         """Every record that ranks hold differently and should not, in causal order; nothing in the trace of one process."""
@@ -230,6 +242,12 @@ class Trace:
 
         return dataframe(self)
 
+    def __repr__(self) -> str:
+        """`<Trace run.h5: steps 0 to 20, finished>`."""
+        if self._file is None:
+            return f"<Trace {self.path.name}: closed>"
+        return f"<Trace {self.path.name}: steps {self.steps[0]} to {self.last_step}, {'' if self.finished else 'un'}finished>"
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         from tracer.notebook import summary
@@ -256,21 +274,14 @@ class Trace:
 
     def pread(self, offset: int, count: int) -> bytes:
         """`count` bytes of the file at `offset`; raises Damaged if they are not all there."""
-        data = bytearray()
+        data = os.pread(self._fd, count, offset)
         while len(data) < count:
             piece = os.pread(self._fd, count - len(data), offset + len(data))
             if not piece:
                 raise Damaged(f"{self.path} is damaged: it ends before byte {offset + count}", RERECORD)
             data += piece
         self._tensor_bytes += count
-        return bytes(data)
-
-    def _table(self, dataset: Any) -> npt.NDArray[Any]:
-        """A whole small table; refuses one that claims to be larger than the file."""
-        if math.prod(dataset.shape) * dataset.dtype.itemsize > self._size and dataset.compression is None:
-            raise Damaged(f"{self.path} is damaged: {dataset.name} claims to be larger than the file", RERECORD)
-        table: npt.NDArray[Any] = dataset[...]
-        return table
+        return data
 
     def document(self, name: str) -> dict[str, Any]:
         """One of schema.DOCUMENTS, empty if it was not written; raises Damaged if it does not match its digest."""

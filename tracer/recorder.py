@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-import queue
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,18 +19,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from tracer.environment import environment
 from tracer.errors import BadUsage, NothingRecorded, TraceError
+from tracer.handover import Step, WriterThread, held_by
 from tracer.names import NameMap, Rule, is_usual_module
 from tracer.perturb import Perturbation
 from tracer.place import place
 from tracer.schema import POSITIONS, WHOLE_STEP, Phase, Record, Row, State
 from tracer.size import estimate
-from tracer.thinning import LongRun, Thinner
+from tracer.thinning import LongRun
 from tracer.writer import TraceWriter
-
-# Steps that may wait for the disk; one more makes the run wait, so that memory stays bounded.
-QUEUE_STEPS: Final = 4
 
 # Why a trace ends that was ended by Ctrl-C.
 INTERRUPTED: Final = "interrupted"
@@ -85,6 +80,10 @@ class Recorder:
         self.step = 0
         self.failure = ""
         self._cut_off = ""
+        self._explanation = (
+            "the program ended without an optimizer step that could be seen",
+            "a step compiled before recording began, or run in another process, cannot be recorded",
+        )
         self._pid = os.getpid()
         self._rows: dict[tuple[Phase, int], list[Record]] = {}
         self._logged: dict[str, Record] = {}
@@ -92,7 +91,7 @@ class Recorder:
         self._observed: dict[str, Any] = {} if self.options.twin is None else self.options.twin.facts()
         self._declared: dict[str, Any] = dict(self.options.declared)
         options = self.options
-        self._writer = _WriterThread(
+        self._writer = WriterThread(
             TraceWriter(
                 path, env={}, declared={}, overwrite=options.overwrite, durable=options.durable,
                 max_bytes=options.long.max_bytes,
@@ -109,7 +108,8 @@ class Recorder:
     @property
     def steps_recorded(self) -> int:
         """Optimizer steps handed over so far, without step 0."""
-        return max(0, self._last_put)
+        first = self.options.steps[0] if self.options.steps is not None else 1
+        return max(0, self._last_put - max(first, 1) + 1)
 
     def wants(self, phase: Phase) -> bool:
         """Whether records of this phase are wanted at the current step; ask before copying anything."""
@@ -138,6 +138,8 @@ class Recorder:
                 for record in records
                 if self._wants_name(record.name) or (phase is Phase.FORWARD and record.name == POSITIONS)
             ]
+            if self.options.only or self.options.omit:
+                kept = [_without_the_rest(record) for record in kept]
             self._rows.setdefault((phase, micro_batch), []).extend(kept)
 
     def log(self, name: str, value: Any) -> None:
@@ -166,7 +168,7 @@ class Recorder:
             self._announce(rows)
         if self.active and self._wants_step():
             observed = dict(self._observed) if self.step else None
-            self._writer.put(_Step(self.step, _rows(self.step, rows), dict(self._declared), observed))
+            self._writer.put(Step(self.step, _rows(self.step, rows), dict(self._declared), observed))
             self._last_put = self.step
             if self._writer.failure:
                 self._fail(self._writer.failure)
@@ -182,7 +184,7 @@ class Recorder:
         """Hand over what was logged since the last step; before step 0 is complete it waits."""
         if self._logged and self._last_put >= 0 and self.active:
             row = Row(Phase.EVAL, self._last_put, WHOLE_STEP, tuple(self._logged.values()))
-            self._writer.put(_Step(self._last_put, [row], {}, None))
+            self._writer.put(Step(self._last_put, [row], {}, None))
             self._logged = {}
 
     @contextlib.contextmanager
@@ -212,6 +214,10 @@ class Recorder:
         """Note that the run did not end well: once closed, the file says that it is unfinished, and why."""
         self._cut_off = reason
 
+    def explain(self, seen: str, hint: str) -> None:
+        """Say what was seen of a run in which no step could be recorded, and what to do."""
+        self._explanation = seen, hint
+
     def close(self, error: BaseException | None = None) -> None:
         """Finish the file.  Raises NothingRecorded if the run made no optimizer step; safe to call twice.
 
@@ -224,13 +230,13 @@ class Recorder:
         self._closed = True
         failure = self._writer.close(self.failure or reason)
         self._last_put = min(self._last_put, self._writer.last_step)
+        if self._writer.last_step < 0:
+            self.path.unlink(missing_ok=True)  # nothing is in it, and it would be in the way of the next try
         if failure and not self.failure:
             self._fail(failure)
         if not self.steps_recorded and not self.failure and error is None and reason != INTERRUPTED:
-            raise NothingRecorded(
-                f"{self.path.name}: the program ended without an optimizer step that could be seen",
-                "a step compiled before recording began, or run in another process, cannot be recorded",
-            )
+            seen, hint = self._explanation
+            raise NothingRecorded(f"{self.path.name}: {seen}", hint)
 
     def _wants_step(self) -> bool:
         steps = self.options.steps
@@ -238,6 +244,8 @@ class Recorder:
 
     def _wants_name(self, name: str) -> bool:
         only, omit = self.options.only, self.options.omit
+        if not only and not omit:
+            return True
         if only and not any(fnmatch.fnmatchcase(name, glob) for glob in only):
             return False
         return not any(fnmatch.fnmatchcase(name, glob) for glob in omit)
@@ -272,92 +280,34 @@ def make_record(names: NameMap, original: str, array: npt.NDArray[Any] | None, d
     return Record(canonical.name, array, dtype, shape, original, transform, **fields)
 
 
+def _without_the_rest(record: Record) -> Record:
+    """A record whose array is no view of a larger one, which it would keep in memory."""
+    data = record.data
+    if record.stored and isinstance(data, np.ndarray) and held_by(data).nbytes > data.nbytes:
+        return replace(record, data=data.copy())
+    return record
+
+
 def _rows(step: int, records: Mapping[tuple[Phase, int], list[Record]]) -> list[Row]:
     """Rows of a step.  A record that refers to one which was not recorded stands for itself, or is `unrecorded`."""
-    names = {(phase.label, m, record.name) for (phase, m), group in records.items() for record in group}
+    names = {(phase.label, m): {record.name for record in group} for (phase, m), group in records.items()}
+
+    def is_there(alias_of: str, micro_batch: int) -> bool:
+        label, _, name = alias_of.partition("/")
+        return name in names.get((label, micro_batch), ())
+
     rows = []
     for (phase, m), group in records.items():
-        kept = tuple(
-            record if not record.alias_of or _target(record.alias_of, m) in names else _on_its_own(record)
-            for record in group
-        )
+        kept = tuple(r if not r.alias_of or is_there(r.alias_of, m) else _on_its_own(r) for r in group)
         if kept:
             rows.append(Row(phase, step, m, kept))
     return rows
-
-
-def _target(alias_of: str, micro_batch: int) -> tuple[str, int, str]:
-    label, _, name = alias_of.partition("/")
-    return label, micro_batch, name
 
 
 def _on_its_own(record: Record) -> Record:
     if record.data is None:
         return replace(record, alias_of="", stored=False, state=State.UNRECORDED)
     return replace(record, alias_of="", stored=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A whole step on its way to the writer thread."""
-
-    number: int
-    rows: list[Row]
-    declared: dict[str, Any]
-    observed: dict[str, Any] | None
-
-
-class _WriterThread:
-    """Owns the file.  Takes steps from a bounded queue; after a failure it keeps emptying the queue."""
-
-    def __init__(self, writer: TraceWriter, long: LongRun) -> None:
-        self.failure = ""
-        self._writer = writer
-        self._thinner = Thinner(writer, long)
-        self._queue: queue.Queue[_Step | None] = queue.Queue(QUEUE_STEPS)
-        # A daemon, so that a run that dies without closing us does not hang; committed steps are safe anyway.
-        self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
-        self._thread.start()
-
-    def put(self, step: _Step) -> None:
-        """Hand a step over; waits while the queue is full, and until step 0 is written.
-
-        Frozen weights are not copied for step 0: they must be read before the run can change one (by unfreezing it, say).
-        """
-        self._queue.put(step)
-        if step.number == 0:
-            self._queue.join()
-
-    @property
-    def last_step(self) -> int:
-        """Number of the last step that is in the file."""
-        return self._writer.last_step
-
-    def close(self, reason: str) -> str:
-        """Write what is queued, finish the file; returns why writing failed, or an empty string."""
-        self._queue.put(None)
-        self._thread.join()
-        failure = self.failure or reason
-        self._writer.finish(finished=not failure, reason=failure)
-        return self.failure
-
-    def _work(self) -> None:
-        while (step := self._queue.get()) is not None:
-            try:
-                if not self.failure:
-                    self._write(step)
-            except TraceError as error:
-                self.failure = str(error)
-            except Exception as error:  # noqa: BLE001 - a thread has nobody above it
-                self.failure = f"{type(error).__name__}: {error}"
-            finally:
-                self._queue.task_done()
-
-    def _write(self, step: _Step) -> None:
-        if self._writer.commits == 0:
-            self._writer.document("env", environment())
-            self._writer.document("declared", step.declared)
-        self._thinner.write_step(step.number, step.rows, step.observed)
 
 
 _current: Recorder | None = None

@@ -9,21 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from h5py import h5d
 
 from tracer import schema
 from tracer.dtypes import DTYPES
 from tracer.errors import Damaged
 from tracer.opening import RERECORD, damage
 from tracer.schema import WHOLE_STEP, IndexEntry, Phase, State
+from tracer.tables import layout_attributes, read_index
 
 if TYPE_CHECKING:
     from tracer.built import Drift
     from tracer.reader import Trace
+
+# An enum's own look-up takes longer than everything else that is asked of a record.
+_STATES: Final = {int(state): state for state in State}
+_PHASES: Final = {phase.label: phase for phase in Phase}
 
 
 class Layout:
@@ -33,8 +39,7 @@ class Layout:
         self.trace = trace
         self.phase = phase
         self.group = group
-        self.digest: bytes = group.attrs["digest"].tobytes()
-        self.records = int(group.attrs["records"])
+        self.digest, self.records = layout_attributes(group)
         self._datasets: dict[str, Any] = {}
         self._places: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -42,9 +47,9 @@ class Layout:
     def entries(self) -> tuple[IndexEntry, ...]:
         """The index; verified against the layout's digest."""
         with damage(self.trace.path, f"an index of {self.phase.label} cannot be read"):
-            table = self.trace._table(self.group[schema.INDEX])
-            entries = tuple(IndexEntry.from_text([field.decode() for field in row]) for row in table.tolist())
-            if len(entries) != self.records or schema.layout_digest(self.phase, entries) != self.digest:
+            texts = read_index(self.group, self.trace.size)
+            entries = tuple(map(IndexEntry.from_text, texts))
+            if len(entries) != self.records or schema.index_digest(self.phase, texts) != self.digest:
                 raise Damaged(
                     f"{self.trace.path} is damaged: an index of {self.phase.label} does not match its digest", RERECORD
                 )
@@ -61,25 +66,25 @@ class Layout:
         if count == 0:
             return np.zeros(0, kind)
         offset, size = self._places.get((name, row)) or self._place(name, row)
-        if (start + count) * kind.itemsize > size:
+        width = kind.itemsize
+        if (start + count) * width > size:
             raise Damaged(
                 f"{self.trace.path} is damaged: {self.phase.label}/{name} is shorter than its index", RERECORD
             )
-        return np.frombuffer(self.trace.pread(offset + start * kind.itemsize, count * kind.itemsize), kind)
+        return np.frombuffer(self.trace.pread(offset + start * width, count * width), kind)
 
     def _place(self, name: str, row: int) -> tuple[int, int]:
         """Where a row of a dataset is in the file: byte offset and size.  Remembered, as HDF5 takes its time to say."""
         with damage(self.trace.path, f"{self.phase.label} cannot be read"):
             dataset = self._datasets.get(name)
             if dataset is None:
-                dataset = self._datasets[name] = self.group[name]
-            chunk = dataset.id.get_chunk_info_by_coord((row, *(0 for _ in dataset.shape[1:])))
-            if (
-                chunk.byte_offset is None
-                or chunk.size != math.prod(dataset.shape[1:]) * dataset.id.get_type().get_size()
-            ):
+                dataset = self._datasets[name] = h5d.open(self.group.id, name.encode())
+            shape = dataset.shape[1:]
+            chunk = dataset.get_chunk_info_by_coord((row, *(0 for _ in shape)))
+            if chunk.byte_offset is None or chunk.size != math.prod(shape) * dataset.get_type().get_size():
                 raise Damaged(
-                    f"{self.trace.path} is damaged: a row of {dataset.name} is not where it should be", RERECORD
+                    f"{self.trace.path} is damaged: a row of {self.group.name}/{name} is not where it should be",
+                    RERECORD,
                 )
             place = self._places[name, row] = (int(chunk.byte_offset), int(chunk.size))
         return place
@@ -138,10 +143,14 @@ class RowView:
 
     def state(self, i: int) -> State:
         """State of record `i`."""
-        try:
-            return State(int(self.states[i]))
-        except ValueError as error:
-            raise Damaged(f"{self.layout.trace.path} is damaged: unknown state at {self.address()}") from error
+        state = _STATES.get(self.states.item(i))
+        if state is None:
+            raise Damaged(f"{self.layout.trace.path} is damaged: unknown state at {self.address()}")
+        return state
+
+    def digest(self, i: int) -> bytes:
+        """Digest of record `i`, 16 bytes."""
+        return bytes(self.digests.item(i))
 
     def stored(self, i: int) -> bool:
         """Whether the file holds the tensor of record `i`, here or where its alias points."""
@@ -169,13 +178,12 @@ class RowView:
             raise ValueError(f"{entry.name} is in {self.layout.trace.path} as digest and statistics only")
         count = math.prod(entry.shape)
         values = self.layout.read_row(entry.dataset, self._position, DTYPES[entry.dtype], entry.offset, count)
-        if self.state(i) in (State.VALUE, State.ZERO):
-            digest = xxhash.xxh3_128_digest(values.view(np.uint8).data)
-            if digest != self.digests[i].tobytes():
-                raise Damaged(
-                    f"{self.layout.trace.path} is damaged: {entry.name} at {self.address()} does not match its digest",
-                    RERECORD,
-                )
+        held = self.state(i) in (State.VALUE, State.ZERO)
+        if held and xxhash.xxh3_128_digest(values.view(np.uint8).data) != self.digest(i):
+            raise Damaged(
+                f"{self.layout.trace.path} is damaged: {entry.name} at {self.address()} does not match its digest",
+                RERECORD,
+            )
         return values.reshape(entry.shape)
 
     def sketched(self, i: int) -> bool:
@@ -216,9 +224,9 @@ class RowView:
         """Row and position that the alias record `i` points to; raises Damaged if there is no such record."""
         entry = self.layout.entries[i]
         label, _, name = entry.alias_of.partition("/")
-        trace = self.layout.trace
-        with damage(trace.path, f"the reference {entry.alias_of!r} leads nowhere"):
-            row = trace.row(Phase.parse(label), self.step, self.micro_batch)
-            if row is None:
-                raise KeyError(entry.alias_of)
-            return row, row.layout.positions[name]
+        trace, phase = self.layout.trace, _PHASES.get(label)
+        row = None if phase is None else trace.row(phase, self.step, self.micro_batch)
+        position = None if row is None else row.layout.positions.get(name)
+        if row is None or position is None:
+            raise Damaged(f"{trace.path} is damaged: the reference {entry.alias_of!r} leads nowhere", RERECORD)
+        return row, position

@@ -249,7 +249,12 @@ class IndexEntry:
 
 def layout_digest(phase: Phase, entries: Sequence[IndexEntry]) -> bytes:
     """Digest of a layout: its phase and every field of its index."""
-    return xxhash.xxh3_128_digest(json.dumps([phase.label, [entry.as_text() for entry in entries]]).encode())
+    return index_digest(phase, [entry.as_text() for entry in entries])
+
+
+def index_digest(phase: Phase, texts: Sequence[Sequence[str]]) -> bytes:
+    """Digest of a layout from the fields of its index as they are in the file."""
+    return xxhash.xxh3_128_digest(json.dumps([phase.label, texts]).encode())
 
 
 def row_seal(layout: bytes, phase: Phase, step: int, micro_batch: int, states: bytes, digests: bytes) -> bytes:

@@ -91,7 +91,8 @@ def _cause(context: Context, step: int, name: str, k: int, sums: Sums, found: se
     if doubled:
         summary = f"{side}'s rows begin with the same id twice (a doubled BOS): its {what} are shifted right by 1"
     else:
-        summary = f"{side}'s {what} are shifted right by {count(abs(k), 'position')}"
+        # Which side is wrong the numbers do not tell: b is held against a.
+        summary = f"b's {what} are shifted {'right' if k > 0 else 'left'} by {count(abs(k), 'position')}"
     parameters = {"shift": k, "doubled_bos": doubled}
     return Cause(
         ID, summary, side if doubled else None, step, Phase.BATCH.label, tuple(sorted(names)), parameters, sums.share

@@ -22,6 +22,7 @@ LOOSE: Final = 2e-3
 
 _RANK: Final = ("lora.rank", "lora.r")
 _ALPHA: Final = ("lora.alpha", "lora.lora_alpha")
+_ACCUMULATION: Final = ("accumulation", "train.accumulation")
 _PROCESSES: Final = ("world_size", "trainer.args.world_size", "num_processes", "trainer.args.num_processes")
 
 
@@ -32,7 +33,10 @@ def short(value: float) -> float:
 
 
 def name_factor(context: Context, step: int, factor: float, error: float = 0.0) -> str:
-    """What the factor, or its inverse, is equal to: `the number of micro-batches (4)`; empty for nothing known."""
+    """What the factor, or its inverse, is equal to: `the number of micro-batches (4)`; empty for nothing known.
+
+    At step 0 there is no batch yet, and no gradient that processes share.
+    """
     if not factor > 0.0 or factor == 1.0:
         return ""
     size = max(factor, 1.0 / factor)
@@ -56,8 +60,9 @@ def setting(trace: Trace, *keys: str) -> float | None:
 def _candidates(context: Context, step: int) -> Iterator[tuple[float, str]]:
     for side in "ab":
         trace = context.trace(side)
-        micro = len(trace.micro_batches(Phase.BATCH, step) or trace.micro_batches(Phase.LOSS, step))
-        yield float(micro), f"the number of micro-batches ({micro})"
+        if step > 0:
+            micro = len(trace.micro_batches(Phase.BATCH, step) or trace.micro_batches(Phase.LOSS, step))
+            yield float(micro), f"the number of micro-batches ({micro})"
         rank, alpha = setting(trace, *_RANK), setting(trace, *_ALPHA)
         if rank:
             yield rank, f"the LoRA rank ({rank:g})"
@@ -66,15 +71,18 @@ def _candidates(context: Context, step: int) -> Iterator[tuple[float, str]]:
         if rank and alpha:
             yield max(alpha / rank, rank / alpha), f"alpha / rank ({alpha / rank:g})"
         processes = setting(trace, *_PROCESSES)
-        if processes:
+        if processes and step > 0:
             yield processes, f"the number of processes ({processes:g})"
-    yield from _ratios(context)
-    yield from _batch(context, step)
+    yield from _ratios(context, step)
+    if step > 0:
+        yield from _batch(context, step)
 
 
-def _ratios(context: Context) -> Iterator[tuple[float, str]]:
-    """Ratios of what both sides say of the adapters and of accumulation."""
-    for keys, words in ((_ALPHA, "alpha"), (_RANK, "rank"), (("accumulation", "train.accumulation"), "accumulation")):
+def _ratios(context: Context, step: int) -> Iterator[tuple[float, str]]:
+    """Ratios of what both sides say of the adapters and, once there are batches, of accumulation."""
+    settings = [(_ALPHA, "alpha"), (_RANK, "rank")]
+    settings += [(_ACCUMULATION, "accumulation")] if step > 0 else []
+    for keys, words in settings:
         a, b = setting(context.a, *keys), setting(context.b, *keys)
         if a and b and a > 0.0 and b > 0.0:
             yield max(a / b, b / a), f"the ratio of the two sides' {words} ({a:g}, {b:g})"

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from differ.align import Row, Rows
+from differ.align import SMALL, Row, Rows, Tensor
 from differ.inputs import LORA_SCALE
-from differ.matching import Positions, match
 from differ.policy import Policy, default_policy
 from differ.result import Cause, Finding
 from tracer.dtypes import to_float64
 from tracer.reader import Trace
 from tracer.schema import RNG_PREFIX, WHOLE_STEP, Phase, State
+
+if TYPE_CHECKING:
+    from differ.matching import Match, Positions
 
 Float64 = npt.NDArray[np.float64]
 
@@ -46,7 +48,7 @@ class Context:
     findings: tuple[Finding, ...]
     notes: tuple[Cause, ...] = ()
     policy: Policy = field(default_factory=default_policy)
-    _kept: OrderedDict[tuple[Any, ...], Float64] = field(default_factory=OrderedDict, repr=False, compare=False)
+    _kept: _Kept = field(default_factory=lambda: _Kept(), repr=False, compare=False)
 
     @property
     def a(self) -> Trace:
@@ -141,23 +143,21 @@ class Context:
         None if there is no such record, it has no value, or the file holds only its digest.  Raises Damaged.
         """
         key = (side, phase, step, name, micro_batch)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        known = self._kept.get(key)
+        if known is not None:
+            return known
         row = self.row(side, phase, step, micro_batch)
         if row is None or name not in row.positions or not row.stored(name):
             return None
         matched = self._matched(side, phase, step, micro_batch)
         tensor = (row if matched is None else matched).read(name)
-        values = to_float64(tensor.stored, tensor.dtype)
-        values.flags.writeable = False
-        self._keep(key, values)
+        values = _float64(tensor)
+        self._kept.add(key, values)
         return values
 
     def positions(self, step: int, micro_batch: int) -> Positions | None:
         """(row, position) in the batch of each row of `values` of phase `forward`, int64[n, 2]; None if that is not known."""
-        both = [self.row(side, Phase.FORWARD, step, micro_batch) for side in "ab"]
-        found = None if both[0] is None or both[1] is None else match(both[0], both[1])
+        found = _match(*(self.row(side, Phase.FORWARD, step, micro_batch) for side in "ab"))
         return None if found is None else found.positions
 
     def _matched(self, side: str, phase: Phase, step: int, micro_batch: int) -> Row | None:
@@ -165,7 +165,7 @@ class Context:
         if phase is not Phase.FORWARD:
             return None
         a, b = (self.row(one, phase, step, micro_batch) for one in "ab")
-        found = None if a is None or b is None else match(a, b)
+        found = _match(a, b)
         if a is None or b is None or found is None:
             return None
         return found.rows(a, b)["ab".index(side)]
@@ -209,10 +209,45 @@ class Context:
             if row.entry(name).dataset and not name.startswith(RNG_PREFIX) and not name.endswith(LORA_SCALE)
         )
 
-    def _keep(self, key: tuple[Any, ...], values: Float64) -> None:
-        self._kept[key] = values
-        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT:
-            self._kept.popitem(last=False)
+
+class _Kept:
+    """The records that were looked at last, `KEPT` bytes of them."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[tuple[Any, ...], Float64] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[Any, ...]) -> Float64 | None:
+        """A record, if it is kept."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def add(self, key: tuple[Any, ...], values: Float64) -> None:
+        """Keep a record that was not kept, and let go of the oldest ones."""
+        self._values[key] = values
+        self._bytes += values.nbytes
+        while len(self._values) > 1 and self._bytes > KEPT:
+            self._bytes -= self._values.popitem(last=False)[1].nbytes
+
+
+def _float64(tensor: Tensor) -> Float64:
+    """A tensor in its shape, read only; of a small one what is kept of it anyway."""
+    if tensor.size <= SMALL:
+        return tensor.block(0, tensor.size).reshape(tensor.shape)
+    values = to_float64(tensor.stored, tensor.dtype)
+    values.flags.writeable = False
+    return values
+
+
+def _match(a: Row | None, b: Row | None) -> Match | None:
+    """The common positions of two rows of `forward`, if there are both."""
+    if a is None or b is None:
+        return None
+    from differ.matching import match
+
+    return match(a, b)
 
 
 def _same_bits(a: Row, b: Row, name: str) -> bool:

@@ -4,7 +4,7 @@
                named where c is bf16(sqrt(width)) / sqrt(width), an embedding scale (transformers #29402), or 1 / (1 - p)
     position   r_p = |b_p - a_p| / |a_p| at token position p, over all rows of the batch that were recorded there
                from     the difference is all at p >= k, k > 0     packing without position reset, trl #3526
-               grows    r_p = c p by least squares                 rotary phases in low precision, transformers #29285
+               grows    r_p = c p by least squares                 an output that is itself turned by other angles
                undone   the positions from k on, or the line
 
 Only where module outputs were recorded.  Later modules got their input from this one and are not looked at.
@@ -13,6 +13,7 @@ Only where module outputs were recorded.  Later modules got their input from thi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -29,6 +30,8 @@ IDS: Final = ("forward.scale", "forward.position")
 
 # A position counts as equal if its relative difference is below this many units in the last place.
 _NOISE: Final = 64.0
+# A difference that begins at a position is this many times what it is before; one that grows is not.
+_JUMP: Final = 10.0
 # A line through fewer positions says nothing.
 _FEWEST: Final = 6
 
@@ -46,7 +49,8 @@ def find(context: Context) -> list[Cause]:
         return []
     dtypes = [context.dtype(side, Phase.FORWARD, first.step, first.name, number) or "" for side in "ab"]
     noise = _NOISE * max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
-    return [*_scale(context, first, *both), *_position(context, first, number, *both, noise=noise)]
+    found = by_position(context, first, number, *both)
+    return [*_scale(context, first, *both), *(_position(found, first, noise=noise) if found is not None else ())]
 
 
 def _scale(context: Context, first: Finding, a: Float64, b: Float64) -> list[Cause]:
@@ -75,23 +79,46 @@ def _known(context: Context, fit: RatioFit, width: int) -> str:
     return ""
 
 
-def _position(context: Context, first: Finding, number: int, a: Float64, b: Float64, *, noise: float) -> list[Cause]:
+@dataclass(frozen=True, slots=True)
+class ByPosition:
+    """Token positions that were recorded, ascending; squared difference and squared size of a at each, over the rows there."""
+
+    positions: Float64
+    apart2: Float64
+    size2: Float64
+
+    @property
+    def relative(self) -> Float64:
+        """|b - a| / |a| at each position."""
+        found: Float64 = np.sqrt(self.apart2 / np.maximum(self.size2, np.finfo(np.float64).tiny))
+        return found
+
+
+def by_position(context: Context, first: Finding, number: int, a: Float64, b: Float64) -> ByPosition | None:
+    """How far an output's two sides are apart at each position; None if its positions are not known."""
     recorded = context.positions(first.step, number)
     if recorded is None or a.ndim != 2 or len(recorded) != len(a):
-        return []
-    # Token positions that were recorded, ascending, and which of them each row is at.
+        return None
     positions, at = np.unique(recorded[:, 1], return_inverse=True)
-    apart2, size2 = (np.bincount(at, np.square(values).sum(axis=1)) for values in (a - b, a))
-    relative = np.sqrt(apart2 / np.maximum(size2, np.finfo(np.float64).tiny))
+    apart2, size2 = (np.zeros(len(positions)) for _ in range(2))
+    np.add.at(apart2, at, np.square(a - b).sum(axis=1))
+    np.add.at(size2, at, np.square(a).sum(axis=1))
+    return ByPosition(positions.astype(np.float64), apart2, size2)
+
+
+def _position(found: ByPosition, first: Finding, *, noise: float) -> list[Cause]:
+    positions, relative = found.positions, found.relative
     differs = np.flatnonzero(relative > noise)
     if differs.size == 0:
         return []
     start = int(differs[0])
-    if start > 1 and differs.size >= (positions.size - start) / 2:
-        share = explained_share(float(apart2.sum()), float(apart2[:start].sum()))
-        summary = f"the output of {first.name} differs from position {positions[start]} on, and agrees before it"
-        return [_cause("forward.position", summary, first, {"kind": "from", "position": int(positions[start])}, share)]
-    return _growth(first, positions.astype(np.float64), relative)
+    begins = start > 1 and relative[start] >= _JUMP * relative[:start].max()
+    if begins and differs.size >= (positions.size - start) / 2:
+        share = explained_share(float(found.apart2.sum()), float(found.apart2[:start].sum()))
+        position = int(positions[start])
+        summary = f"the output of {first.name} differs from position {position} on, and agrees before it"
+        return [_cause("forward.position", summary, first, {"kind": "from", "position": position}, share)]
+    return _growth(first, positions, relative)
 
 
 def _growth(first: Finding, position: Float64, relative: Float64) -> list[Cause]:

@@ -9,21 +9,16 @@ record's absence is a matter of a few elements.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Final
 
 from differ.causes.context import Context
 from differ.causes.fit import squared
-from differ.causes.words import ranges
+from differ.causes.words import which
 from differ.result import Cause, Finding, Kind
 from tracer.schema import Phase, State
 
 IDS: Final = ("grad.missing", "grad.zero")
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-# Names that a sentence lists; more are counted.
-_LISTED: Final = 2
 
 
 def find(context: Context) -> list[Cause]:
@@ -55,7 +50,7 @@ def _is_zero(context: Context, finding: Finding, side: str, other: str) -> bool:
 def _cause(cause_id: str, context: Context, step: int, side: str, names: Sequence[str]) -> Cause:
     total = len(set(context.names("a", Phase.GRAD, step)) | set(context.names("b", Phase.GRAD, step)))
     what = "no gradient" if cause_id == "grad.missing" else "a zero gradient"
-    summary = f"{side} has {what} for {_which(names, total)}; {'b' if side == 'a' else 'a'} has one"
+    summary = f"{side} has {what} for {which(names, total)}; {'b' if side == 'a' else 'a'} has one"
     other = "b" if side == "a" else "a"
     absent = [context.values(other, Phase.GRAD, step, name) for name in names]
     size = sum(squared(values) for values in absent if values is not None)
@@ -63,12 +58,3 @@ def _cause(cause_id: str, context: Context, step: int, side: str, names: Sequenc
     return Cause(
         cause_id, summary, side=side, step=step, phase=Phase.GRAD.label, names=tuple(names), parameters=parameters, explains=1.0
     )  # fmt: skip
-
-
-def _which(names: Sequence[str], total: int) -> str:
-    """Parameters in words: their names if they are few, else how many and in which layers."""
-    if len(names) <= _LISTED:
-        return ", ".join(names)
-    layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
-    where = f" in layers {ranges(layers)}" if layers else ""
-    return f"{len(names):,} of {total:,} parameters{where}"

@@ -29,7 +29,9 @@ def outside(values: Float64, rounded: Float64, grid: str, *, nearest: bool) -> F
     """
     digits, smallest = _SPACING[grid]
     with np.errstate(invalid="ignore", over="ignore"):
-        unit = np.maximum(np.ldexp(1.0, np.frexp(rounded)[1] - 1 - digits), smallest)
+        unit = np.where(
+            rounded == 0.0, smallest, np.maximum(np.ldexp(1.0, np.frexp(rounded)[1] - 1 - digits), smallest)
+        )
         apart = values - rounded
         if nearest:
             return np.asarray(np.sign(apart) * np.maximum(np.abs(apart) - unit / 2, 0.0))

@@ -45,7 +45,7 @@ def _recorded(context: Context) -> list[Cause]:
     causes = []
     for key, names in groups.items():
         a, b = sides[key]
-        matches = name_factor(context, 1, key)
+        matches = name_factor(context, 0, key)
         summary = f"LoRA scale: b {short(b):g}, a {short(a):g}" + _factor(key, matches)
         parameters = {
             "factor": key,

@@ -1,6 +1,6 @@
 """`loss.precision`: one side's loss was computed in bfloat16 or float16: every value of it lies on that grid.
 
-    on the grid   round(l) = l in bfloat16 (8 significant bits) or float16 (11), for all losses that the side recorded
+    on the grid   round(l) = l in bfloat16 (8 significant bits) or float16 (11), for all losses of the side from the finding on
     undone        |l_a - l_b| less 4 units of the grid: what rounding on the way to a mean may cost
 
 What bfloat16 holds float16 mostly holds too, so bfloat16 is tried first.  A float32 loss is on the bfloat16 grid by chance
@@ -25,7 +25,7 @@ ID: Final = "loss.precision"
 
 _UNITS: Final = 4.0
 _AT_LEAST: Final = 2
-# Values that are looked at, from the first step on.
+# Values that are looked at, from the step of the finding on.
 _MOST: Final = 64
 
 
@@ -45,7 +45,7 @@ def note(context: Context) -> list[Cause]:
 
 
 def _at(context: Context, step: int) -> list[Cause]:
-    losses = {side: _losses(context, side) for side in "ab"}
+    losses = {side: _losses(context, side, step) for side in "ab"}
     for dtype in (BFLOAT16, "float16"):
         for side, other in (("a", "b"), ("b", "a")):
             if _on_grid(losses[side], dtype) and losses[other] and not _on_grid(losses[other], dtype):
@@ -53,9 +53,10 @@ def _at(context: Context, step: int) -> list[Cause]:
     return []
 
 
-def _losses(context: Context, side: str) -> list[float]:
+def _losses(context: Context, side: str, first: int) -> list[float]:
     trace = context.trace(side)
-    rows = ((step, number) for step in trace.steps for number in trace.micro_batches(Phase.LOSS, step))
+    steps = (step for step in trace.steps if step >= first)
+    rows = ((step, number) for step in steps for number in trace.micro_batches(Phase.LOSS, step))
     values = (
         context.scalar(side, Phase.LOSS, step, "loss", number)
         for (step, number), _ in zip(rows, range(_MOST), strict=False)

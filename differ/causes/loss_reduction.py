@@ -4,9 +4,14 @@
     l_b = l_a n_i / d_i            n_i supervised positions of micro-batch i; d_i what one side divides by instead:
                                    1 (a sum), all positions, all predicted positions, rows, the step's mean or sum of n
 
+    l_b = l_a d_a / d_b            two of these, or one of them and the number of micro-batches K, see `loss_denominators`
+
 One loss alone is equal to any factor times another, so a factor is claimed from several micro-batches with unequal losses,
-or from gradients that carry it, or if it is a denominator to within the loss's rounding.  Undone: b's losses
-times d_i / n_i, or over c.  Sources: transformers #34191, #35438; axolotl #2262; torch.nn.CrossEntropyLoss(reduction).
+or from gradients that carry it, or if it is a denominator to within the loss's rounding.  Two numbers are claimed where one
+does not do and they scale the micro-batches by unequal factors, or the gradients carry d_a / d_b without K (who divides the
+loss by K does not divide the gradients by it, and the other way round).  Some factors are several numbers at once: up to two
+readings are both said, of more none is.  Undone: b's losses times d_i / n_i, times d_b / d_a, or over c.
+Sources: transformers #34191, #35438; axolotl #2262; torch.nn.CrossEntropyLoss(reduction).
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import numpy as np
 from differ.causes.constants import name_factor, short
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, RatioFit, Sums
+from differ.causes.loss_denominators import NOTHING, SUPERVISED, Explained, counts, explanations
 from differ.result import Cause
 from tracer.dtypes import EPSILON
 from tracer.schema import REPORTED_PREFIX, Phase
@@ -29,6 +35,10 @@ ID: Final = "loss.reduction"
 
 # A denominator is exact: the losses agree after it to this many units in the last place.
 _ULPS: Final = 64.0
+# The gradients' one factor is that of the losses to this relative error.
+_CLOSE: Final = 1e-3
+# That many readings of one factor are said; of more none is.
+_READINGS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +57,15 @@ def find(context: Context) -> list[Cause]:
     for step, _, _ in context.groups(Phase.LOSS):
         losses = _losses(context, step)
         if losses is not None:
-            found = _denominator(step, losses, unequal=True) or _constant(context, step, losses)
-            if found is None and _gradients(context, step) is None:
-                found = _denominator(step, losses, unequal=False)
+            found = _denominator(step, losses, unequal=True) or _by_gradients(context, step, losses)
             causes += [found] if found is not None else []
     return causes
+
+
+def _by_gradients(context: Context, step: int, losses: _Losses) -> Cause | None:
+    gradients = _gradients(context, step)
+    found = _constant(context, step, losses, gradients) or _two(context, step, losses, gradients)
+    return _denominator(step, losses, unequal=False) if found is None and gradients is None else found
 
 
 def _losses(context: Context, step: int) -> _Losses | None:
@@ -72,34 +86,11 @@ def _losses(context: Context, step: int) -> _Losses | None:
 
 def _denominators(context: Context, step: int, numbers: list[int]) -> Iterator[tuple[str, dict[int, float]]]:
     """n_i / d_i of each way to divide, by micro-batch; those that the batch's records allow."""
-    tokens = {n: context.scalar("a", Phase.BATCH, step, "tokens", n) for n in numbers}
-    known = {n: count for n, count in tokens.items() if count}
-    if len(known) != len(numbers) or any(
-        context.scalar("b", Phase.BATCH, step, "tokens", n) != tokens[n] for n in numbers
-    ):
-        return
-    total = sum(known.values())
-    yield "does not divide by the supervised positions (a sum)", known
-    yield "divides by the step's supervised positions", {n: count / total for n, count in known.items()}
-    yield (
-        "divides by the mean of the micro-batches' supervised positions",
-        {n: count * len(known) / total for n, count in known.items()},
-    )
-    shapes = {n: _shape(context, step, n) for n in numbers}
-    if all(shapes.values()):
-        sizes = {n: shape for n, shape in shapes.items() if shape is not None}
-        yield "divides by all positions", {n: known[n] / (rows * length) for n, (rows, length) in sizes.items()}
-        yield (
-            "divides by all predicted positions",
-            {n: known[n] / (rows * (length - 1)) for n, (rows, length) in sizes.items() if length > 1},
-        )
-        yield "divides by the rows of the batch", {n: known[n] / rows for n, (rows, _) in sizes.items()}
-
-
-def _shape(context: Context, step: int, number: int) -> tuple[int, int] | None:
-    row = context.row("a", Phase.BATCH, step, number)
-    shape = row.shape("input_ids") if row is not None and "input_ids" in row.positions else ()
-    return (shape[0], shape[1]) if len(shape) == 2 else None
+    known = counts(context, step, numbers)
+    for base, values in known.items():
+        if base != SUPERVISED:
+            words = "does not divide by the supervised positions (a sum)" if base == NOTHING else f"divides by {base}"
+            yield words, {n: known[SUPERVISED][n] / value for n, value in values.items()}
 
 
 def _denominator(step: int, losses: _Losses, *, unequal: bool) -> Cause | None:
@@ -129,17 +120,17 @@ def _denominator(step: int, losses: _Losses, *, unequal: bool) -> Cause | None:
     return None
 
 
-def _constant(context: Context, step: int, losses: _Losses) -> Cause | None:
+def _constant(context: Context, step: int, losses: _Losses, gradients: RatioFit | None) -> Cause | None:
     """One factor over the step's losses, borne out by several of them or by the gradients."""
     fit = RatioFit()
     for n in losses.a:
         fit.add(np.array([losses.a[n]]), np.array([losses.b[n]]))
-    gradients = _gradients(context, step)
-    borne_out = gradients is not None and gradients.share >= SHOWN and abs(gradients.ratio / fit.ratio - 1.0) <= 1e-3
+    borne_out = gradients is not None and gradients.share >= SHOWN and abs(gradients.ratio / fit.ratio - 1.0) <= _CLOSE
     several = len(losses.a) > 1 and len(set(losses.a.values())) > 1
     if fit.share < SHOWN or fit.ratio <= 0.0 or not (borne_out or (several and gradients is None)):
         return None
-    matches = name_factor(context, step, fit.ratio, fit.error if several else 0.0)
+    known = name_factor(context, step, fit.ratio, fit.error if several else 0.0)
+    matches = " or ".join([*([known] if known else []), *_single(context, step, losses)][:2])
     big, small = ("b", "a") if fit.ratio > 1.0 else ("a", "b")
     summary = f"{big}'s loss is {max(fit.ratio, 1.0 / fit.ratio):.6g} times {small}'s"
     summary += (", and so are its gradients" if borne_out else "") + (f": {matches}" if matches else "")
@@ -148,6 +139,48 @@ def _constant(context: Context, step: int, losses: _Losses) -> Cause | None:
         ID, summary, step=step, phase=Phase.LOSS.label, names=("loss",),
         parameters={"factor": short(fit.ratio), "matches": matches, "gradients": borne_out}, explains=share,
     )  # fmt: skip
+
+
+def _explained(context: Context, step: int, losses: _Losses) -> list[Explained]:
+    return explanations(context, step, {"a": losses.a, "b": losses.b}, losses.epsilon)
+
+
+def _single(context: Context, step: int, losses: _Losses) -> list[str]:
+    """Denominators that are the one factor of all micro-batches, in words; none if many are."""
+    found = [
+        one
+        for one in _explained(context, step, losses)
+        if one.equal and one.constants == 1 and one.side is not None and NOTHING not in (one.a.base, one.b.base)
+    ]
+    return [one.words for one in found] if len(found) <= _READINGS else []
+
+
+def _two(context: Context, step: int, losses: _Losses, gradients: RatioFit | None) -> Cause | None:
+    """Two numbers that the losses' denominators have, where one does not do."""
+    fitting = [one for one in _explained(context, step, losses) if one.constants == 2 and _borne_out(one, gradients)]
+    readings = list(dict.fromkeys(one.words for one in fitting))
+    if not 0 < len(readings) <= _READINGS:
+        return None
+    first, sums = fitting[0], Sums()
+    for n, factor in first.factors.items():
+        sums += Sums((losses.b[n] - losses.a[n]) ** 2, (losses.b[n] / factor - losses.a[n]) ** 2)
+    sides = {one.side for one in fitting}
+    ratios = [short(losses.b[n] / losses.a[n]) for n in losses.a]
+    return Cause(
+        ID, " or ".join(readings), side=first.side if len(sides) == 1 else None, step=step, phase=Phase.LOSS.label,
+        names=("loss",), explains=sums.share,
+        parameters={"factor": ratios[0] if len(set(ratios)) == 1 else ratios, "denominators": readings},
+    )  # fmt: skip
+
+
+def _borne_out(one: Explained, gradients: RatioFit | None) -> bool:
+    """Whether the micro-batches or the gradients speak for two numbers rather than for any other factor of this size."""
+    if not one.equal:
+        return True
+    micro = one.a.micro / one.b.micro
+    if gradients is None or micro == 1.0 or gradients.share < SHOWN:
+        return False
+    return abs(gradients.ratio * micro / next(iter(one.factors.values())) - 1.0) <= _CLOSE
 
 
 def _gradients(context: Context, step: int) -> RatioFit | None:

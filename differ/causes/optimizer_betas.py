@@ -19,11 +19,11 @@ from differ.align import BLOCK
 from differ.causes.constants import short
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
+from differ.causes.optimizers import settings_causes
 from differ.causes.updates import (
     apart,
     inputs_of,
     parameters_named,
-    settings_causes,
     strays,
     supposed,
     with_hyper,

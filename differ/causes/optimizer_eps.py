@@ -18,12 +18,12 @@ from typing import Final
 
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
+from differ.causes.optimizers import settings_causes
 from differ.causes.updates import (
     between,
     fit,
     how_many,
     inputs_of,
-    settings_causes,
     strays,
     supposed,
     with_hyper,

@@ -20,6 +20,7 @@ from differ.align import BLOCK
 from differ.causes.constants import short
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Sums
+from differ.causes.optimizers import settings_causes
 from differ.causes.updates import (
     Inputs,
     between,
@@ -27,7 +28,6 @@ from differ.causes.updates import (
     how_many,
     inputs_of,
     parameters_named,
-    settings_causes,
     strays,
     supposed,
     with_hyper,

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from differ.causes.context import Context
 from differ.causes.fit import SHOWN, Float64, RatioFit, Sums
+from differ.causes.model_mode import mode_of
 from differ.causes.records import Answer, Place, ask
 from differ.result import Cause
 from tracer.schema import Phase
@@ -46,6 +47,7 @@ def find(context: Context) -> list[Cause]:
         else:
             other = "a" if side == "b" else "b"
             summary = f"{group.subject}: {side} drops about {percent} of the elements and scales the others; {other} drops none"
+            summary += ", in evaluation mode" if mode_of(context, other, group.step) is False else ""
         parameters: dict[str, Any] = {"rate": rate}
         causes.append(
             Cause(ID, summary, side, group.step, group.phase.label, tuple(group.names), parameters, group.sums.share)

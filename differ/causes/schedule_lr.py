@@ -8,6 +8,7 @@ Formulas, over the steps t that both sides recorded, tried in this order:
     advanced     lr_b(t) = lr_a(1 + k (t - 1)), k >= 0: the scheduler steps k times a step (0: it never steps), or
                  lr_b(t) = lr_a(k t) where the scheduler counts from 1
     constant     lr_b(t) = one value, where lr_a changes
+    from a step  an offset or a constant, from the first step that differs on
 
 The same with a and b exchanged.  A rate that stays at its peak after the warm-up is also that rate w steps ahead, and one that
 advances w times a step: those two say nothing about the first w steps of the other side, so the warm-up comes before them.  The
@@ -21,7 +22,7 @@ out (UniRL #223), a schedule that is resumed off by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
@@ -92,9 +93,25 @@ def _fit(a: Series, b: Series, steps: list[int]) -> Shape | None:
     both = (("b", "a", b, a), ("a", "b", a, b))
     tries: list[Iterator[Shape]] = [
         _ratio(a, b, steps),
-        *(rule(*sides, steps) for rule in (_no_warmup, _offset, _advanced, _constant) for sides in both),
+        *(_no_warmup(*sides, steps) for sides in both),
+        _offset(*both[0], steps),  # lr_a(t) = lr_b(t - k) for all t says the same
+        *(rule(*sides, steps) for rule in (_advanced, _constant) for sides in both),
     ]
-    return next((shape for tried in tries for shape in tried), None)
+    return next((shape for tried in tries for shape in tried), None) or _later(a, b, steps)
+
+
+def _later(a: Series, b: Series, steps: list[int]) -> Shape | None:
+    """A schedule that is another one from some step on: what it says holds of the steps from there."""
+    first = next(t for t in steps if _apart(a[t], b[t]))
+    later = [t for t in steps if t >= first]
+    if len(later) == len(steps):
+        return None
+    both = (("b", "a", b, a), ("a", "b", a, b))
+    found = next((shape for rule in (_offset, _constant) for sides in both for shape in rule(*sides, later)), None)
+    if found is None:
+        return None
+    parameters = (*found.parameters, ("from_step", first))
+    return replace(found, parameters=parameters, sentence=f"{found.sentence} from step {first} on")
 
 
 def _ratio(a: Series, b: Series, steps: list[int]) -> Iterator[Shape]:
@@ -113,14 +130,12 @@ def _ratio(a: Series, b: Series, steps: list[int]) -> Iterator[Shape]:
 
 
 def _offset(mine: str, other: str, y: Series, x: Series, steps: list[int]) -> Iterator[Shape]:
-    if mine == "a":
-        return  # lr_b(t) = lr_a(t + k) for all k says the same
-    for k in sorted(range(-len(steps) + 2, len(steps) - 1), key=lambda k: (abs(k), k)):
+    for k in sorted(range(-len(x) + 2, len(x) - 1), key=lambda k: (abs(k), k)):
         share = _compare(y, x, steps, lambda t, k=k: x.get(t + k)) if k else None  # type: ignore[misc]
         if share is not None:
             where = "ahead of" if k > 0 else "behind"
             sentence = f"{mine}'s learning rate is {count(abs(k), 'step')} {where} {other}'s"
-            yield Shape("offset", (("steps", k),), None, sentence, share)
+            yield Shape("offset", (("steps", k if mine == "b" else -k),), None, sentence, share)
 
 
 def _advanced(mine: str, other: str, y: Series, x: Series, steps: list[int]) -> Iterator[Shape]:

@@ -20,11 +20,10 @@ from differ.causes.fit import SHOWN, Sums
 from differ.policy import ReplayTolerance
 from differ.replay.bundle import bundle, chunks
 from differ.replay.fit import Fit
-from differ.replay.gather import hyper_of, moment_inputs, update_inputs
+from differ.replay.gather import moment_inputs, update_inputs
 from differ.replay.optimizer import MomentInputs, UpdateInputs
 from differ.replay.rules import ORDER
 from differ.replay.rules.base import OPTIMIZER, Hyper, Rule, differing_aspects
-from differ.result import Cause, Finding, Kind
 from tracer.dtypes import is_float
 from tracer.names import split_state_name
 from tracer.schema import Phase
@@ -201,56 +200,6 @@ def parameters_named(names: Sequence[str], phase: Phase) -> tuple[str, ...]:
     if phase is not Phase.OPT_STATE:
         return tuple(names)
     return tuple(dict.fromkeys(split_state_name(name)[0] or name for name in names))
-
-
-def settings_causes(context: Context, cause_id: str, keys: Sequence[str], words: str) -> list[Cause]:
-    """Causes for findings in `hparams`: a recorded setting differs.  `words` names it: `weight decay`.
-
-    A setting that one side's group lacks counts as 0.  Undone: one side's value in place of the other's.
-    """
-    causes = []
-    for step, _, found in context.groups(Phase.HPARAMS):
-        for finding in found:
-            if finding.name is None or finding.name.rpartition(".")[2] not in keys:
-                continue
-            group, _, key = finding.name.rpartition(".")
-            if not all(f"{group}.lr" in context.names(side, Phase.HPARAMS, step) for side in "ab"):
-                continue  # a group that one side has not got is no setting of 0
-            a, b = (context.scalar(side, Phase.HPARAMS, step, finding.name) or 0.0 for side in "ab")
-            name = f"{words} ({key})" if len(keys) > 1 else words
-            groups = {
-                other.partition(".")[0] for other in context.names("a", Phase.HPARAMS, step) if other.endswith(".lr")
-            }
-            where = f" in {finding.name.partition('.')[0]}" if len(groups) > 1 else ""
-            causes.append(
-                Cause(
-                    cause_id, f"{name}{where}: a {a:g}, b {b:g}", step=step, phase=Phase.HPARAMS.label, names=(finding.name,),
-                    parameters={"setting": key, "a": a, "b": b}, explains=1.0,
-                )
-            )  # fmt: skip
-        causes += _dealt_otherwise(context, cause_id, keys, words, step, found)
-    return causes
-
-
-def _dealt_otherwise(
-    context: Context, cause_id: str, keys: Sequence[str], words: str, step: int, found: Sequence[Finding]
-) -> list[Cause]:
-    """Parameters that are in another group on either side, by the values of one setting."""
-    groups: dict[tuple[str, float, float], list[str]] = {}
-    for name in (f.name for f in found if f.name is not None and f.kind is Kind.STATE):
-        hypers = [hyper_of(context.rows(side), step, name) for side in "ab"]
-        for key in keys if None not in hypers else ():
-            a, b = (float(getattr(hyper, key)) for hyper in hypers)
-            if a != b:
-                groups.setdefault((key, a, b), []).append(name)
-    return [
-        Cause(
-            cause_id, f"{words} of {names[0] if len(names) == 1 else f'{len(names):,} parameters'}: a {a:g}, b {b:g}",
-            step=step, phase=Phase.HPARAMS.label, names=tuple(names), parameters={"setting": key, "a": a, "b": b},
-            explains=1.0,
-        )
-        for (key, a, b), names in groups.items()
-    ]  # fmt: skip
 
 
 def how_many(names: Sequence[str], total: int) -> str:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+# Names that a sentence lists; more are counted.
+_LISTED: Final = 2
 
 
 def number(value: float, digits: int = 6) -> str:
@@ -31,3 +37,12 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     found = list(names)
     more = f" and {len(found) - most:,} more" if len(found) > most else ""
     return ", ".join(found[:most]) + more
+
+
+def which(names: Sequence[str], total: int) -> str:
+    """Parameters: their names if they are few, else how many of how many and in which layers."""
+    if len(names) <= _LISTED:
+        return ", ".join(names)
+    layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    where = f" in layers {ranges(layers)}" if layers else ""
+    return f"{len(names):,} of {total:,} parameters{where}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from differ.align import Row, Rows, Tensor
 from differ.compare import Distance, distance, element
 from differ.judges.across import judge_across, waived
+from differ.judges.left_out import settle
 from differ.policy import Policy
 from differ.replay.clip import ClippedTensor, ClipRules, clipped_tensor, identify
 from differ.result import Cause
@@ -26,8 +27,7 @@ def judge_clip(session: Session, pair: RowPair, names: Sequence[str]) -> None:
     if a is None or b is None or not (a.known and b.known):
         _judge_unknown(session, pair, names, rules)
     elif a.agrees(b, tolerance):
-        for name in names:
-            session.measured(pair, name, max(a.margin, b.margin), 1.0)
+        settle(session, pair, dict.fromkeys(names, max(a.margin, b.margin)))
     else:
         _find_rules(session, pair, names, a, b)
 

@@ -30,11 +30,12 @@ def judge_init(session: Session, pair: RowPair, names: Sequence[str]) -> None:
             session.tally.left_out(pair.phase)  # the weight that it refers to is judged under its own name
         elif name.endswith(LORA_SCALE):
             tolerance = session.policy.exact_for("lora_scale", pair.phase, name)
-            session.model_blocked |= _judge_numbers(session, pair, name, tolerance)
+            if _judge_numbers(session, pair, name, tolerance):
+                session.block_model(pair.phase)
         elif pair.a.stored(name) and pair.b.stored(name):
             _judge_numbers(session, pair, name, session.policy.tolerance(pair.phase, pair.dtype(name), name).base)
         elif not _alike_in_parts(session, pair, name):
-            session.model_blocked = True
+            session.block_model(pair.phase)
             _find_frozen(session, pair, name)
 
 
@@ -54,13 +55,14 @@ def judge_batch(session: Session, pair: RowPair, names: Sequence[str]) -> None:
         a, b = pair.a.read(name), pair.b.read(name)
         if is_float(a.dtype) or is_float(b.dtype):
             tolerance = session.policy.tolerance(pair.phase, pair.dtype(name), name).base
-            session.step_blocked |= _judge_numbers(session, pair, name, tolerance, once=True)
+            if _judge_numbers(session, pair, name, tolerance, once=True):
+                session.block_step(pair.phase)
             continue
         at = same_integers(a, b)
         if at < 0:
             session.measured(pair, name, 0.0, 0.0)
             continue
-        session.step_blocked = True
+        session.block_step(pair.phase)
         if not session.first_time(pair.phase, name):
             session.tally.repeated(pair.phase, name)
             continue

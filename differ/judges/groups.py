@@ -49,7 +49,7 @@ def _judge(session: Session, pair: RowPair, name: str) -> None:
     if not apart:
         return
     words = [", ".join(f"{key} {value:g}" for key, value in side) for side in zip(*apart, strict=True)]
-    session.step_blocked = True
+    session.block_step(pair.phase)
     session.first_time(pair.phase, MEMBERS)
     session.tally.find(
         Finding(

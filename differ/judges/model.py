@@ -22,24 +22,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from differ.align import Tensor
 from differ.compare import Distance, distance
+from differ.floors import delta_norm, smallest_norm
 from differ.inputs import InputDistance
 from differ.judges.loss import LOSS, replays
-from differ.judges.reduction import reductions
-from differ.judges.reference import Teacher, teacher
+from differ.judges.parted import parted
 from differ.judges.systematic import excused
-from differ.matching import positions_of
-from differ.noise import delta_norm, smallest_norm
 from differ.policy import Tolerance
 from differ.result import Cause
 from differ.session import RowPair, Session, value_finding
 from tracer.dtypes import coarser, to_float64
 from tracer.schema import TOKEN_LOSS, Phase
+
+if TYPE_CHECKING:
+    from differ.judges.reference import Teacher
 
 # A loss below this is all rounding noise; the gradient's noise is not divided by less.
 SMALLEST_LOSS: Final = 1e-6
@@ -66,7 +67,8 @@ def judge_model(session: Session, pair: RowPair, names: Sequence[str]) -> None:
         diverged |= _judge_one(session, pair, name, floor=floor, amplify=amplify, repeats=repeats, blocked=blocked)
     if diverged:
         session.diverged_at.setdefault(pair.phase, pair.step)
-        session.step_blocked = session.step_blocked or pair.phase is not Phase.EVAL
+        if pair.phase is not Phase.EVAL:
+            session.block_step(pair.phase)
 
 
 def _judge_one(
@@ -84,7 +86,7 @@ def _judge_one(
     Where the inputs say too little (`blocked`, or too far apart) only the reference can judge, if there is one.
     """
     granted = allowance(session, pair, name, amplify=amplify)
-    taught = teacher(session, pair, name)
+    taught = _teacher(session, pair, name)
     if blocked or not granted.judges:
         if taught is None or not taught.news:
             session.tally.explained(pair.phase)
@@ -106,6 +108,8 @@ def _judge_one(
         session.tally.explained(pair.phase)
         return False
     if pair.phase is Phase.LOSS and name == LOSS and measured.nonfinite < 0:
+        from differ.judges.reduction import reductions
+
         weighted = reductions(session, pair, allowed)
         if weighted is not None:
             session.loss_weights[pair.step] = weighted.weights
@@ -123,6 +127,15 @@ def _judge_one(
         )
     )
     return True
+
+
+def _teacher(session: Session, pair: RowPair, name: str) -> Teacher | None:
+    """What the reference says of a record, if there is one."""
+    if session.options.reference is None:
+        return None
+    from differ.judges.reference import teacher
+
+    return teacher(session, pair, name)
 
 
 def _unweighted(session: Session, pair: RowPair, name: str) -> tuple[Tensor, Tensor]:
@@ -172,6 +185,8 @@ def _detail(session: Session, pair: RowPair, name: str, tensors: tuple[Tensor, T
     reduced.
     """
     if pair.phase is Phase.FORWARD:
+        from differ.matching import positions_of
+
         positions = positions_of(pair.a)
         if positions is None or not len(positions) or tensors[0].shape[:1] != (len(positions),) or not tensors[0].size:
             return ""
@@ -225,8 +240,10 @@ def allowance(session: Session, pair: RowPair, name: str, *, parameter: str = ""
     """
     tolerance = session.tolerance(pair, name)
     # An evaluation comes after the update.
-    inputs = session.inputs.before(pair.step + 1 if pair.phase is Phase.EVAL else pair.step)
-    apart = input_distance(pair.phase, parameter or name, inputs, tolerance)
+    start = pair.step + 1 if pair.phase is Phase.EVAL else pair.step
+    inputs = session.inputs.before(start)
+    # Parameters that something left out of the judgement moved apart excuse nothing.
+    apart = 0.0 if parted(session, start) else input_distance(pair.phase, parameter or name, inputs, tolerance)
     noise = session.noise
     floors = [] if noise is None or tolerance.explicit else noise.floors(pair.phase, pair.step)
     if not floors:

@@ -15,6 +15,7 @@ from differ.compare import Distance, distance
 from differ.inputs import parameters_before
 from differ.judges.across import judge_across, waived
 from differ.judges.clip import largest_difference
+from differ.judges.left_out import settle
 from differ.replay.bundle import bundle, chunks
 from differ.replay.fit import Fit
 from differ.replay.gather import moment_inputs, update_inputs
@@ -56,6 +57,8 @@ class Outcome:
     def common(self) -> Rule | None:
         """The rule that gives both sides, the tightest one."""
         shared = [how for how in self.a.rules if how in self.b.rules]
+        if len(shared) == 1:
+            return shared[0]
         return min(shared, key=lambda how: (max(self.a.rules[how], self.b.rules[how]), ORDER[how]), default=None)
 
     @property
@@ -109,10 +112,11 @@ def _judge(session: Session, pair: RowPair, names: Sequence[str]) -> None:
         for side in "ab":
             session.followed[side].add(family)
     apart: list[Outcome] = []
+    settle(session, pair, {outcome.name: outcome.margin for outcome in outcomes if outcome.common is not None})
     for outcome in outcomes:
         if outcome.common is not None:
-            session.measured(pair, outcome.name, outcome.margin, 1.0)
-        elif not (outcome.a.tried and outcome.b.tried):
+            continue
+        if not (outcome.a.tried and outcome.b.tried):
             _note_not_replayed(session, pair, outcome)
             judge_across(session, pair, outcome.name)
         elif _unknown(session, family, outcome):
@@ -268,7 +272,9 @@ def _find_apart(session: Session, pair: RowPair, apart: Sequence[Outcome]) -> No
         groups.setdefault(_aspects(outcome), []).append(outcome)
     for aspects, outcomes in groups.items():
         # Decay that is added to the gradient shows in the moments and, by its absence, in the parameters: one thing.
-        key = ("optimizer", aspects) if aspects else ("unruled", pair.phase)
+        # Where one of the two is left out of the judgement it is none.
+        judged = session.options.wants_phase(pair.phase)
+        key = ("optimizer", aspects, judged) if aspects else ("unruled", pair.phase)
         if not session.first_time(*key):
             for outcome in outcomes:
                 session.tally.repeated(pair.phase, outcome.name)

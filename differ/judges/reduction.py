@@ -8,8 +8,13 @@ Over K micro-batches of n_m supervised tokens, N in all, a program differentiate
 
 (plain loops and mlx-lm; loops that scale the loss; transformers' Trainer with `num_items_in_batch`).  If the two sides'
 losses of a step agree once each is divided by its weight, and the factor has not reached the accumulated gradient, the
-loss is the same.  A factor that has (a forgotten division) is a divergence of the loss.  With one micro-batch the three are
-one, and nothing is excused.
+loss is the same.  A factor that has (a forgotten division) is a divergence of the loss.  Where the gradients of the
+micro-batches were recorded, each side's accumulated one must be what its own reduction makes of them; otherwise the two
+sides' must be of one size.  With one micro-batch the three are one, and nothing is excused.
+
+What the gradients of one step bear out holds for later ones: by then they may be of other sizes for reasons of their own.
+There the losses must agree as well, and gradients of micro-batches must not say otherwise; a factor that reaches the
+accumulated gradient later is found in it.
 """
 
 from __future__ import annotations
@@ -20,9 +25,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from differ.align import Rows
 from differ.judges.loss import LOSS, TOKENS
 from differ.session import RowPair, Session
+from tracer.dtypes import to_float64
 from tracer.schema import REPORTED_PREFIX, Phase
 
 # Gradients further apart than this in norm have got the factor too; the smallest is 2, for two micro-batches.
@@ -55,8 +63,6 @@ def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | 
     micro_batches = session.a.trace.micro_batches(Phase.LOSS, pair.step)
     if len(micro_batches) < 2 or micro_batches != session.b.trace.micro_batches(Phase.LOSS, pair.step):
         return None
-    if not _gradients_alike(session, pair.step):
-        return None
     a, b = (_values(rows, Phase.LOSS, LOSS, pair.step, micro_batches) for rows in (session.a, session.b))
     # Batches that differ are found before; what one side alone recorded holds for both.
     tokens = next((t for t in (_tokens(rows, pair.step, micro_batches) for rows in (session.a, session.b)) if t), None)
@@ -65,16 +71,66 @@ def reductions(session: Session, pair: RowPair, allowed: float) -> Reductions | 
     weights = {"mean": [1.0] * len(a), "1/K": [1.0 / len(a)] * len(a)}
     if tokens is not None and sum(tokens) > 0.0:
         weights["n/N"] = [n / sum(tokens) for n in tokens]
-    for mine, theirs in itertools.permutations(weights, 2):
-        left = max(_apart(x, y, u, v) for x, y, u, v in zip(a, b, weights[mine], weights[theirs], strict=True))
-        if left <= allowed:
+    left = {
+        (mine, theirs): max(_apart(x, y, u, v) for x, y, u, v in zip(a, b, weights[mine], weights[theirs], strict=True))
+        for mine, theirs in itertools.permutations(weights, 2)
+    }
+    fitting = [rules for rules, error in left.items() if error <= allowed]
+    known = [rules for rules in fitting if rules in session.reductions]
+    for mine, theirs in known or fitting:
+        if _averaged(session, pair.step, micro_batches, (mine, theirs), tokens):
+            session.reductions = frozenset(known or fitting)
             pairs = zip(weights[mine], weights[theirs], strict=True)
-            return Reductions(mine, theirs, left, dict(zip(micro_batches, pairs, strict=True)))
+            return Reductions(mine, theirs, left[mine, theirs], dict(zip(micro_batches, pairs, strict=True)))
     return None
 
 
 def _tokens(rows: Rows, step: int, micro_batches: tuple[int, ...]) -> list[float] | None:
     return _values(rows, Phase.BATCH, TOKENS, step, micro_batches)
+
+
+def _averaged(
+    session: Session, step: int, micro_batches: tuple[int, ...], rules: tuple[str, str], tokens: list[float] | None
+) -> bool:
+    """Whether both sides' accumulated gradients are means over the step, as their reductions have it."""
+    sides = zip((session.a, session.b), rules, strict=True)
+    found = [_follows(rows, step, micro_batches, rule, tokens) for rows, rule in sides]
+    if False in found:
+        return False
+    return None not in found or rules in session.reductions or _gradients_alike(session, step)
+
+
+def _follows(
+    rows: Rows, step: int, micro_batches: tuple[int, ...], rule: str, tokens: list[float] | None
+) -> bool | None:
+    """Whether a side's accumulated gradient has the size that its reduction gives it; None without those of the micro-batches.
+
+    Looked at in the largest tensor: the factors in question are 2 and more.
+    """
+    whole, parts = rows.get(Phase.GRAD, step), [rows.get(Phase.GRAD, step, m) for m in micro_batches]
+    if whole is None or None in parts:
+        return None
+    each = [part for part in parts if part is not None]
+    names = [
+        name
+        for name in whole.positions
+        if not name.startswith(REPORTED_PREFIX)
+        and all(name in row.positions and row.stored(name) for row in (whole, *each))
+    ]
+    if not names:
+        return None
+    name = max(names, key=whole.l2)
+    total, *gradients = (to_float64(row.read(name).stored, row.entry(name).dtype).reshape(-1) for row in (whole, *each))
+    means = [[1.0 / len(each)] * len(each)]
+    if tokens is not None and sum(tokens) > 0.0:
+        means.append([n / sum(tokens) for n in tokens])
+    for weights in means if rule == "mean" else [[1.0] * len(each)]:
+        expected = np.sum([w * g for w, g in zip(weights, gradients, strict=True)], axis=0)
+        size = float(expected @ expected)
+        factor = float(total @ expected) / size if size > 0.0 else 0.0
+        if 1.0 / ALIKE < factor < ALIKE:
+            return True
+    return False
 
 
 def _gradients_alike(session: Session, step: int) -> bool:

@@ -3,6 +3,10 @@
     c            sqrt(sum bb / sum aa) over all records of the step
     excused      |log c| <= systematic (the policy's, [notes]), the same c at every step that shows one, and every record
                  within its own tolerance once c is undone: |b / sqrt(c) - a sqrt(c)| / max(|a|, |b|) <= allowed
+    shows one    |log c| > allowed / 2, the smallest of the records'.  Of what is beyond its tolerance c must be half at least,
+                 |a - b| / max(|a|, |b|) <= 2 |log c|, so that a tolerance too wide for c to show lets it pass as it is
+
+Invariant: a wider tolerance never makes a divergence of what is excused.
 
 A learning rate rounded to bfloat16 or an auxiliary head counted with another length (Megatron-LM #3159) does this.  What
 c does not undo everywhere stays a divergence; a user's own rule judges alone.  Whatever is excused is noted, with c, so
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from differ.judges.model import Allowance
 
 ID: Final = "grad.scale"
-# The ratio of another step is the same if its deviation from 1 agrees to this share, and within the step's noise.
+# Ratios of two steps are the same if their deviations from 1 agree to this share, and within the steps' noise.
 ALIKE: Final = 0.1
 # Fewer records say nothing of a whole phase.
 FEWEST: Final = 2
@@ -35,13 +39,18 @@ FEWEST: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """One record: what is left of its difference once the ratio is undone, and what is allowed."""
+    """One record: its relative error, what is left of it once the ratio is undone, and what is allowed."""
 
     name: str
+    error: float
     left: float
     allowed: Allowance
     difference2: float
     left2: float
+
+    def excused(self, deviation: float) -> bool:
+        """Whether a ratio with that logarithm is what the difference is."""
+        return self.left <= self.allowed.error and self.error <= max(self.allowed.error, 2.0 * deviation)
 
 
 def excused(
@@ -53,7 +62,7 @@ def excused(
     `names`: those whose bits differ.  `granted`: what a record may differ by.  `floor`: norm under which one is noise.
     """
     judged = [] if pair.phase is not Phase.GRAD else [n for n in names if not session.tolerance(pair, n).explicit]
-    if pair.micro_batch != WHOLE_STEP or len(judged) < FEWEST:
+    if pair.micro_batch != WHOLE_STEP or not judged or len(names) < FEWEST:
         return frozenset()
     ratio = _ratio(session, pair)
     if ratio is None or _unmoved(pair, names):
@@ -61,12 +70,12 @@ def excused(
     allowed = {name: granted(name) for name in judged}
     if not all(one.judges for one in allowed.values()):
         return frozenset()
-    # Half of it: less would pass as it is, and is a note of another kind.
-    smallest = min(one.error for one in allowed.values())
-    if abs(math.log(ratio)) <= smallest / 2 or not _same_as_before(session, ratio, smallest):
+    # Less would pass as it is, and is a note of another kind.
+    smallest, deviation = min(one.error for one in allowed.values()), abs(math.log(ratio))
+    if deviation <= smallest / 2 or not _same_as_before(session, ratio, smallest):
         return frozenset()
     records = [_undo(pair, name, ratio, allowed[name], floor) for name in judged]
-    if not all(one.left <= one.allowed.error for one in records):
+    if not all(one.excused(deviation) for one in records):
         return frozenset()
     for one in records:
         session.measured(pair, one.name, one.left, one.allowed.error, distance=one.allowed.distance)
@@ -101,9 +110,16 @@ def _unmoved(pair: RowPair, names: Sequence[str]) -> bool:
 
 
 def _same_as_before(session: Session, ratio: float, noise: float) -> bool:
-    known = session.ratios.setdefault(Phase.GRAD, ratio)
-    deviation, before = math.log(ratio), math.log(known)
-    return abs(deviation - before) <= ALIKE * abs(before) + noise
+    """Whether one ratio can be that of this step and of all before it that show one.
+
+    Each says where it may be, from as near as its noise lets it tell: a wider tolerance takes steps away and widens the rest.
+    """
+    deviation = math.log(ratio)
+    room = (ALIKE * abs(deviation) + noise) / 2
+    low, high = session.ratios.get(Phase.GRAD, (-math.inf, math.inf))
+    low, high = max(low, deviation - room), min(high, deviation + room)
+    session.ratios[Phase.GRAD] = (low, high)
+    return low <= high
 
 
 def _undo(pair: RowPair, name: str, ratio: float, allowed: Allowance, floor: float) -> _Record:
@@ -117,8 +133,8 @@ def _undo(pair: RowPair, name: str, ratio: float, allowed: Allowance, floor: flo
         parts = (left, difference, x, y)
         sums = [total + float(np.dot(part, part)) for total, part in zip(sums, parts, strict=True)]
     scale = max(math.sqrt(max(sums[2], sums[3])), floor)
-    share = math.sqrt(sums[0]) / scale if scale > 0.0 else 0.0
-    return _Record(name, share if math.isfinite(share) else math.inf, allowed, sums[1], sums[0])
+    remains, error = (math.sqrt(total) / scale if scale > 0.0 else 0.0 for total in sums[:2])
+    return _Record(name, error, remains if math.isfinite(remains) else math.inf, allowed, sums[1], sums[0])
 
 
 def _note(session: Session, pair: RowPair, ratio: float, smallest: float, records: Sequence[_Record]) -> None:

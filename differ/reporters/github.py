@@ -49,7 +49,7 @@ def workflow_commands(result: DiffResult) -> list[str]:
 def _divergences(result: DiffResult) -> Iterator[str]:
     """The first finding with its causes; then one warning a phase of a step that diverged as well."""
     assert result.first is not None
-    causes = [words.explained(cause) for cause in words.causes(result)]
+    causes = [words.explained(cause, result.first) for cause in words.causes(result)]
     message = "\n".join([*causes, words.describe(result.first), words.nearest(result.first), words.before(result)])
     yield command("error", words.headline(result), message)
     for line in words.also(result):

@@ -40,7 +40,8 @@ def render(result: DiffResult, style: Style) -> str:  # noqa: ARG001 - XML has n
     for attribute, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(attribute, str(tags.count(tag)))
     suite.set("tests", str(len(cases)))
-    ET.SubElement(suite, "system-out").text = _xml(f"{words.headline(result)}\n{words.counts(result)}")
+    said = [words.headline(result), words.counts(result), *words.left_out(result)]
+    ET.SubElement(suite, "system-out").text = _xml("\n".join(said))
     suites = ET.Element("testsuites")
     suites.append(suite)
     ET.indent(suites)
@@ -90,7 +91,7 @@ def _whole_cases(result: DiffResult) -> list[Case]:
 def _failure(result: DiffResult, findings: Sequence[Finding]) -> ET.Element:
     first = findings[0]
     causes = [cause for cause in words.causes(result) if cause.phase == first.phase]
-    title = words.explained(causes[0]) if causes else words.describe(first)
+    title = words.explained(causes[0], first) if causes else words.describe(first)
     message = f"{words.address(first)}: {title}"
     failure = ET.Element("failure", type=first.kind.value, message=_xml(message))
     failure.text = _xml("\n".join(_details(causes, findings)))
@@ -98,7 +99,7 @@ def _failure(result: DiffResult, findings: Sequence[Finding]) -> ET.Element:
 
 
 def _details(causes: Sequence[Cause], findings: Sequence[Finding]) -> list[str]:
-    lines = [f"cause: {words.explained(cause)}" for cause in causes]
+    lines = [f"cause: {words.explained(cause, findings[0])}" for cause in causes]
     lines += [f"{words.address(finding)}: {words.describe(finding)}" for finding in findings[:MOST_FINDINGS]]
     if len(findings) > MOST_FINDINGS:
         lines.append(f"the first {MOST_FINDINGS} of {len(findings):,} findings are shown")

@@ -64,7 +64,7 @@ def _why(result: DiffResult) -> Iterator[str]:
     if result.first is not None and result.first.nearest:
         found.append(text(words.nearest(result.first)))
     agreed = words.before(result)
-    yield from _listed("Cause", [text(words.explained(cause)) for cause in words.causes(result)])
+    yield from _listed("Cause", [text(words.explained(cause, result.first)) for cause in words.causes(result)])
     yield from _listed("Found", found)
     yield from _listed("Reference", [text(line) for line in words.reference(result)])
     yield from _listed("Before", [text(agreed)] if agreed else [])

@@ -71,7 +71,8 @@ def _head(result: DiffResult, width: int) -> list[str]:
 
 
 def _body(result: DiffResult, width: int) -> Iterator[str]:
-    yield from _some("cause", [words.explained(cause) for cause in words.causes(result)], MOST_CAUSES, "cause", width)
+    causes = [words.explained(cause, result.first) for cause in words.causes(result)]
+    yield from _some("cause", causes, MOST_CAUSES, "cause", width)
     if result.first is not None:
         yield from _line("found", words.describe(result.first), width)
         if result.first.nearest:

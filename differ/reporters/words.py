@@ -5,12 +5,15 @@ Pure functions of a `DiffResult`: they choose words and round numbers, nothing e
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from differ.reference import ReferenceSide
 from differ.result import Cause, DiffResult, Finding, Kind, Shown, Verdict
 
+if TYPE_CHECKING:
+    from differ.reference import ReferenceSide
+
 CONFIG: Final = "config.differs"
+LEFT_OUT: Final = "phases.left_out"
 # Notes that a short report leaves out: which rule a phase follows, and that a divergence goes on.
 QUIET_NOTES: Final = (CONFIG, "rule", "repeated")
 
@@ -62,9 +65,17 @@ def describe(finding: Finding) -> str:
     return "; ".join(parts)
 
 
-def explained(cause: Cause) -> str:
-    """A cause with the share of the difference that it explains."""
-    return cause.summary if cause.explains is None else f"{cause.summary} (explains {share(cause)} of the difference)"
+def explained(cause: Cause, finding: Finding | None = None) -> str:
+    """A cause with the share of the difference that it explains, and with its address if it is not about `finding`."""
+    text = f"{elsewhere(cause, finding)}{cause.summary}"
+    return text if cause.explains is None else f"{text} (explains {share(cause)} of the difference)"
+
+
+def elsewhere(cause: Cause, finding: Finding | None) -> str:
+    """`step 1, grad: ` before a cause that belongs to another step or phase than the finding that it is printed with."""
+    if finding is None or cause.id == CONFIG or cause.step is None or cause.phase is None:
+        return ""
+    return "" if (cause.step, cause.phase) == (finding.step, finding.phase) else f"step {cause.step}, {cause.phase}: "
 
 
 def share(cause: Cause) -> str:
@@ -85,6 +96,11 @@ def settings(result: DiffResult) -> list[Cause]:
 def notes(result: DiffResult) -> list[Cause]:
     """The notes of a short report."""
     return [cause for cause in result.notes if cause.id not in QUIET_NOTES]
+
+
+def left_out(result: DiffResult) -> list[str]:
+    """Which phases were judged and which were not; empty where all were."""
+    return [cause.summary for cause in result.notes if cause.id == LEFT_OUT]
 
 
 def nearest(finding: Finding) -> str:

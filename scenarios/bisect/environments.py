@@ -1,7 +1,8 @@
 """Environments of a bisection over package pins: one for each list of pins, made by the user's own command.
 
 The command is split as a shell would, `{pins}` becomes the file with the pins, one a line, and `{venv}` the folder to make;
-no shell runs it.  An environment that cannot be made (pins that do not go together) leaves its choice without an answer.
+no shell runs it.  An environment that cannot be made (pins that do not go together) leaves its choice without an answer; it is
+tried once in a bisection, and again in the next one, since a registry that did not answer looks the same.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ class Environments:
     made: int = 0
     seconds: float = 0.0
     _ready: dict[str, str] = field(default_factory=dict)
+    _failed: dict[str, str] = field(default_factory=dict)
 
     def interpreter(self, pins: Sequence[str], make: str) -> str:
         """Path of the interpreter for these pins; raises NoEnvironment."""
         key = digest([list(pins), make])
+        if key in self._failed:
+            raise NoEnvironment(self._failed[key])
         if key not in self._ready:
             self._ready[key] = self._interpreter(key, pins, make)
         return self._ready[key]
@@ -49,12 +53,13 @@ class Environments:
     def _interpreter(self, key: str, pins: Sequence[str], make: str) -> str:
         folder = self.store.environment(key)
         known = self.store.read("envs", key)
-        if known is None or (not known["error"] and not folder.is_dir()):
+        if known is None or known["error"] or not folder.is_dir():
             self.store.drop_environment(key)
             known = {"error": self._make(folder, pins, make), "pins": list(pins)}
             self.store.write("envs", key, known)
         if known["error"]:
-            raise NoEnvironment(str(known["error"]))
+            self._failed[key] = str(known["error"])
+            raise NoEnvironment(self._failed[key])
         return str(python_of(folder))
 
     def _make(self, folder: Path, pins: Sequence[str], make: str) -> str:

@@ -162,7 +162,7 @@ class Report:
             f"{_count(self.counts.recorded, 'run')} of {_count(self.steps, 'step')} in {self.counts.seconds:.0f} s"
         ]
         if self.counts.failed:
-            parts.append(f"{self.counts.failed} of them failed")
+            parts.append(f"{self.counts.failed} of them failed (tried again the next time)")
         if self.counts.cached:
             parts.append(f"{_count(self.counts.cached, 'run')} known from the cache")
         if self.environments:
@@ -190,9 +190,19 @@ def address(first: Mapping[str, Any]) -> str:
     return ", ".join([*parts, *([str(first["name"])] if first.get("name") else [])])
 
 
+def _elsewhere(cause: Mapping[str, Any], first: Mapping[str, Any] | None) -> str:
+    """The address of a cause that is not about the first finding."""
+    where = (cause.get("step"), cause.get("phase"))
+    return (
+        ""
+        if first is None or None in where or where == (first["step"], first["phase"])
+        else f"step {where[0]}, {where[1]}: "
+    )
+
+
 def told(named: Named) -> list[str]:
     """Causes in words, a few of them; one line that says so where there is none."""
-    texts = [str(cause["summary"]) for cause in named.causes]
+    texts = [_elsewhere(cause, named.first) + str(cause["summary"]) for cause in named.causes]
     if not texts:
         return ["unexplained"]
     return texts[:FEW] + ([f"and {len(texts) - FEW} more"] if len(texts) > FEW else [])

@@ -2,6 +2,9 @@
 
 Every run that is recorded is counted, those that fail too; one that the cache knows costs nothing and is counted apart.
 Traces are dropped once they were compared, unless they may be a base again (`keep`).
+
+Invariant: the cache answers only with what the settings decide.  A run may fail for a reason of its own (memory, a signal, a
+package that is not there), so a failure holds for this bisection, in which it is not run twice, and for no later one.
 """
 
 from __future__ import annotations
@@ -80,6 +83,9 @@ class Runs:
     began: float = field(default_factory=time.monotonic)
     environments: Environments = field(init=False)
     _known: set[str] = field(default_factory=set)
+    # What failed in this bisection: errors by run, answers by pair.
+    _failed: dict[str, str] = field(default_factory=dict)
+    _unanswered: dict[str, Answer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.environments = Environments(self.store)
@@ -89,14 +95,19 @@ class Runs:
         if a.key() == b.key():
             return Answer(SAME)
         key = digest([a.key(), b.key(), code_digest("differ"), repr(self.policy)])
+        if key in self._unanswered:
+            return self._unanswered[key]
         known = self.store.read("diffs", key)
-        if known is not None:
+        if known is not None and known["verdict"] != FAILED:
             self._count_known(a, b)
             return Answer(known["verdict"], known["first"], tuple(known["causes"]), known["margin"], known["error"])
         answer = self._compare(a, b, about)
+        self.counts.compared += 1
+        if answer.verdict == FAILED:
+            self._unanswered[key] = answer
+            return answer
         body = {"verdict": answer.verdict, "first": answer.first, "causes": list(answer.causes)}
         self.store.write("diffs", key, body | {"margin": answer.margin, "error": answer.error})
-        self.counts.compared += 1
         return answer
 
     def _count_known(self, *jobs: Job) -> None:
@@ -106,27 +117,34 @@ class Runs:
 
     def _compare(self, a: Job, b: Job, about: str) -> Answer:
         try:
-            before, after = self.trace(a, about), self.trace(b, about)
+            # One that failed the last time first: if it fails again, the other need not be recorded.
+            traces = {
+                job.key(): self.trace(job, about) for job in sorted((a, b), key=self._failed_before, reverse=True)
+            }
         except (RunFailed, NoEnvironment) as error:
             return Answer(FAILED, error=str(error))
-        result = diff(before, after, DiffOptions(policy=self.policy)).to_dict()
+        result = diff(traces[a.key()], traces[b.key()], DiffOptions(policy=self.policy)).to_dict()
         told = [cause for cause in result["causes"] if cause["id"] != _EXPLAINS_NOTHING]
         return Answer(result["verdict"], result["first"], tuple(told), float(result["margin"]))
 
     def trace(self, job: Job, about: str = "") -> Path:
         """The trace of a job, recorded if it is not there.  Raises RunFailed, NoEnvironment, BudgetSpent."""
         key = job.key()
-        known = self.store.read("runs", key)
-        if known is not None and (known["error"] or self.store.trace(key).is_file()):
+        if key in self._failed:
+            raise RunFailed(self._failed[key])
+        again = self._failed_before(job)
+        if not again and self.store.read("runs", key) is not None and self.store.trace(key).is_file():
             self._count_known(job)
-            if known["error"]:
-                raise RunFailed(known["error"])
             return self.store.trace(key)
         sources = [self.trace(source) if source is not None else None for source in (job.init_from, job.batches_from)]
         self._require_budget()
-        self.telling(about)
+        self.telling(f"{about} (failed the last time, tried again)" if again else about)
         self._record(job, *sources)
         return self.store.trace(key)
+
+    def _failed_before(self, job: Job) -> bool:
+        known = self.store.read("runs", job.key())
+        return known is not None and bool(known["error"])
 
     def _require_budget(self) -> None:
         if self.max_runs is not None and self.counts.recorded >= self.max_runs:
@@ -140,7 +158,7 @@ class Runs:
             )
 
     def _record(self, job: Job, init_from: Path | None, batches_from: Path | None) -> None:
-        """Record and remember; a run that failed is remembered as failed and raised."""
+        """Record and remember; a run that failed is remembered as failed for now, noted in the cache and raised."""
         key, began = job.key(), time.monotonic()
         self.store.prepare("runs")
         python = job.python or sys.executable
@@ -156,7 +174,7 @@ class Runs:
             self._run(job, Arm(job.path, dict(job.settings or {}), init_from, batches_from, other), beside, python)
             beside.replace(self.store.trace(key))
         except RunFailed as failure:
-            error = str(failure)
+            self._failed[key] = error = str(failure)
             self.counts.failed += 1
         finally:
             beside.unlink(missing_ok=True)

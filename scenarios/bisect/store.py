@@ -1,9 +1,9 @@
 """The cache folder of a bisection: what was recorded and compared, by content.
 
-    runs/KEY.json     how a run ended: its digest, seconds, or the error
+    runs/KEY.json     how a run ended: its digest, seconds, or the error, after which it is tried again the next time
     runs/KEY.h5       its trace, as long as it may still be compared with
     diffs/KEY.json    verdict, first finding and causes of two runs
-    envs/KEY/         an environment, and KEY.json beside it once it is whole
+    envs/KEY/         an environment, and KEY.json beside it once it is whole or could not be made, which is tried again too
 
 A file appears whole or not at all (written beside and renamed), so that a bisection may be killed at any moment and goes on
 where it was.

@@ -41,7 +41,7 @@ _ARM: Final = {
     "path": str, "program": str, "like": str, "settings": dict, "options": dict, "from": str, "init": str,
     "batches": str, "record": dict, "ranks": int,
 }  # fmt: skip
-_RECORD: Final = {"forward": bool, "micro_grads": bool, "token_loss": bool}
+_RECORD: Final = {"forward": bool, "micro_grads": bool, "token_loss": bool, "modules": list}
 _EXPECT: Final = {
     "pair": list, "arm": str, "error": str, "verdict": str, "bits": bool, "step": int, "phase": str, "kind": str,
     "names": list, "rule": str, "cause": str, "parameters": dict, "tolerance": float, "side": str, "also": list,
@@ -67,7 +67,7 @@ class ArmSpec:
     options: Settings
     init: str | None
     batches: str | None
-    record: Mapping[str, bool]
+    record: Settings
     ranks: int = 1
 
     @property

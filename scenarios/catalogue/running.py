@@ -149,7 +149,7 @@ def _diffed(entry: Entry, check: Expectation, a: Path, b: Path, reports: Path | 
     if result.first is not None:
         said = words.address(result.first)
     if result.causes:
-        said += f": {result.causes[0].summary}"
+        said += f": {words.elsewhere(result.causes[0], result.first)}{result.causes[0].summary}"
     return Compared(check.arms, check.line(), said, tuple(differences(check, result, a, b)))
 
 

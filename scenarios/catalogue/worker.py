@@ -106,6 +106,7 @@ def record(arm: Mapping[str, Any]) -> dict[str, str]:
     part = trace.with_suffix(".part")
     written, final = (part, trace) if here is None else (here.file(part), here.file(trace))
     asked = dict(arm["record"])
+    asked["modules"] = tuple(asked.get("modules", ()))
     what = DEFAULT_PHASES | ({Phase.FORWARD} if asked.pop("forward", False) else frozenset())
     try:
         with tracer.record(part, overwrite=True, what=what, **asked):

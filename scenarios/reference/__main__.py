@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from differ.command import parse_steps
-from differ.reference import DTYPES
+from differ.options import ENGINE_DTYPES
 from scenarios.reference.engine import Options, measure
 from tracer.errors import TraceError
 from tracer.reader import open_trace
@@ -23,7 +23,7 @@ from tracer.reader import open_trace
 @click.option("--output", required=True, type=click.Path(path_type=Path))
 @click.option("--model")
 @click.option("--steps")
-@click.option("--reference-dtype", type=click.Choice(DTYPES), default="float32")
+@click.option("--reference-dtype", type=click.Choice(ENGINE_DTYPES), default="float32")
 def main(traces: tuple[Path, ...], output: Path, model: str | None, steps: str | None, reference_dtype: str) -> None:
     """Recompute TRACES one after another."""
     options = Options(reference_dtype, model, parse_steps(steps))

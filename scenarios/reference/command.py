@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from differ.command import parse_steps
+from differ.options import ENGINE_DTYPES, ENGINES
 from differ.policy import default_policy, load_policy
-from differ.reference import DTYPES, ENGINES, Measured, ReferenceSide, judge
+from differ.reference import Measured, ReferenceSide, judge
 from differ.terminal import progress
 from tracer._version import DISTRIBUTION, VERSION
 from tracer.reader import open_trace
@@ -29,7 +30,7 @@ FORMAT = 1
 @click.option("--steps", metavar="A:B", help="Recompute steps A to B only; `3` is one step, `:5` up to 5.")
 @click.option("--reference", type=click.Choice(ENGINES), default="torch", show_default=True, help="What recomputes.")
 @click.option(
-    "--reference-dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="In which dtype."
+    "--reference-dtype", type=click.Choice(ENGINE_DTYPES), default="float32", show_default=True, help="In which dtype."
 )
 @click.option("--policy", type=click.Path(path_type=Path), help="TOML file with tolerances over the defaults.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)

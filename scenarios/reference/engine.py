@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from differ.align import Tensor
 from differ.compare import Distance, distance
-from differ.noise import NOISE_SHARE
+from differ.floors import NOISE_SHARE
 from differ.reference import Measured, MeasuredStep, NoReference
 from differ.runs import label, model_dtype
 from scenarios.reference import rules

@@ -73,7 +73,8 @@ def sweep(ctx: click.Context, /, plan: Path | None, **options: Any) -> None:
             raise
     click.echo(render(table, options["form"]), nl=False)
     if not quiet:
-        click.echo(f"trace: {running.runs} runs in {clock(time.monotonic() - began)}", err=True)
+        lost = f"; what gave no answer ({table.unanswered}) is tried again the next time" if table.unanswered else ""
+        click.echo(f"trace: {running.runs} runs in {clock(time.monotonic() - began)}{lost}", err=True)
     ctx.exit(table.exit_code)
 
 

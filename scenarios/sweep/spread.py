@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -33,19 +34,20 @@ class WorkersLost(TraceError):
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where and how to run: local `processes`, or the Dask scheduler at `cluster`."""
+    """Where and how to run: local `processes`, or the Dask scheduler at `cluster`.  `sweep` tells one sweep from the next."""
 
     processes: int = 2
     cluster: str = ""
     threads: int = 1
     policy: Any = None
+    sweep: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def results(self, tasks: Sequence[Task]) -> Iterator[Result]:
         """Results as they come.  Raises WorkersLost, or PackageMissing without dask.distributed."""
         yield from self._on_cluster(tasks) if self.cluster else self._here(tasks)
 
     def _call(self) -> Callable[[Task], Result]:
-        return partial(work, policy=self.policy, threads=self.threads)
+        return partial(work, policy=self.policy, threads=self.threads, sweep=self.sweep)
 
     def _here(self, tasks: Sequence[Task]) -> Iterator[Result]:
         left = {id(task): task for task in tasks}

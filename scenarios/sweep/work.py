@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from scenarios.bisect.jobs import Job
 from scenarios.hosts import Hosts
-from scenarios.launch import Arm
+from scenarios.launch import Arm, RunFailed
 from scenarios.sweep.plan import Task
 from tracer.errors import TraceError
 
@@ -57,9 +57,14 @@ class Worker:
     hosts: Hosts = field(default_factory=Hosts)
     references: OrderedDict[str, Path] = field(default_factory=OrderedDict)
     runs: int = 0
+    # References that failed in the sweep at hand: the other cells of their seed need not run them again.
+    failed: dict[str, RunFailed] = field(default_factory=dict)
+    sweep: str = ""
 
-    def do(self, task: Task, policy: Any) -> Result:
-        """Do one task; an error becomes a result without an answer."""
+    def do(self, task: Task, policy: Any, sweep: str = "") -> Result:
+        """Do one task of a sweep; an error becomes a result without an answer."""
+        if sweep != self.sweep:
+            self.sweep, self.failed = sweep, {}
         began, before = time.monotonic(), self.runs
         result = Result(task.cell, task.seed, task.column, None)
         try:
@@ -79,10 +84,16 @@ class Worker:
 
     def _reference(self, job: Job) -> Path:
         key = job.key()
+        if key in self.failed:
+            raise self.failed[key]
         if key not in self.references:
             while len(self.references) >= _KEPT:
                 self.references.popitem(last=False)[1].unlink(missing_ok=True)
-            self.references[key] = self._record(job, Path(self.folder.name, f"{key}.h5"), None)
+            try:
+                self.references[key] = self._record(job, Path(self.folder.name, f"{key}.h5"), None)
+            except RunFailed as error:
+                self.failed[key] = error
+                raise
         self.references.move_to_end(key)
         return self.references[key]
 
@@ -99,11 +110,12 @@ class Worker:
 
 def _compared(reference: Path, trace: Path, policy: Any, result: Result) -> Result:
     from differ import DiffOptions, Verdict, diff
+    from differ.reporters import words
 
     found = diff(reference, trace, DiffOptions(policy=policy))
     if found.verdict is Verdict.INCOMPARABLE:
         return replace(result, error="the two runs have nothing in common that could be compared")
-    told = [cause.summary for cause in found.causes if cause.id != "config.differs"]
+    told = [words.elsewhere(cause, found.first) + cause.summary for cause in words.causes(found)]
     passed, first = found.verdict is Verdict.SAME, found.to_dict()["first"]
     return replace(result, passed=passed, first=first, cause=told[0] if told else "")
 
@@ -112,15 +124,15 @@ _local = threading.local()
 _all: list[Worker] = []
 
 
-def work(task: Task, policy: Any, threads: int) -> Result:
-    """Do a task in this worker's thread."""
+def work(task: Task, policy: Any, threads: int, sweep: str) -> Result:
+    """Do a task of a sweep in this worker's thread; a worker of a cluster may outlive the sweep."""
     worker: Worker | None = getattr(_local, "worker", None)
     if worker is None:
         worker = _local.worker = Worker(threads)
         _all.append(worker)
         if len(_all) == 1:
             atexit.register(close_all)
-    return worker.do(task, policy)
+    return worker.do(task, policy, sweep)
 
 
 def close_all() -> None:

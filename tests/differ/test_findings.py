@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from differ import DiffOptions, Verdict
+from differ import DiffOptions, DiffResult, Verdict
 from differ.result import Kind
 from tests.builders import FAULTS
 from tests.differ.conftest import Compare
@@ -115,22 +115,25 @@ def test_traces_with_nothing_in_common_are_incomparable(compare: Compare) -> Non
 
     assert result.verdict is Verdict.INCOMPARABLE
     assert result.counts.compared == 0
+    assert said_of_nothing(result).startswith("a and b have no record in common: a has steps 0 to ")
+    assert said_of_nothing(result).endswith(", grad")
 
 
-def test_what_is_all_explained_by_a_phase_that_was_left_out_is_incomparable_and_never_same(compare: Compare) -> None:
-    chosen = DiffOptions(phases=frozenset({Phase.LOSS}))
-    result = compare("batch_order", options=chosen)
-    assert result.findings == ()
-    assert result.counts.compared == 0
-    assert result.counts.propagated > 0
-    assert result.verdict is Verdict.INCOMPARABLE
-    assert compare("label_masked", options=chosen).verdict is Verdict.SAME
+def said_of_nothing(result: DiffResult) -> str:
+    (note,) = [note for note in result.notes if note.id == "nothing"]
+    return note.summary
 
 
 def test_leaving_everything_out_is_incomparable_and_never_same(compare: Compare) -> None:
     result = compare(options=DiffOptions(only=("no.such.name",)))
 
     assert result.verdict is Verdict.INCOMPARABLE
+    assert said_of_nothing(result).startswith(
+        "no record that both have is left by --only no.such.name: both have steps"
+    )
+    said = said_of_nothing(compare(options=DiffOptions(steps=(90, 99), phases=frozenset({Phase.GRAD}))))
+    assert said.startswith("no record that both have is left by --phases grad --steps 90:99: ")
+    assert not [note for note in compare().notes if note.id == "nothing"]
 
 
 def test_a_missing_name_comes_with_the_nearest_candidate(compare: Compare) -> None:

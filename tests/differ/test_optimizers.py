@@ -126,9 +126,22 @@ def test_two_optimizers_that_keep_the_same_state_are_told_apart(folder: Path) ->
     result = diff(folder / "torch" / "adam.h5", folder / "torch" / "radam.h5")
 
     cause = next(cause for cause in result.causes if cause.id == "optimizer.rule")
-    assert (cause.step, cause.phase, cause.summary) == (1, "param", "a follows Adam, b RAdam")
+    assert (cause.step, cause.phase, cause.summary) == (1, "param", "a follows AdamW, b RAdam")
     assert cause.explains is not None
     assert cause.explains > 0.99
+
+
+@pytest.mark.parametrize(
+    ("other", "word"), [("adafactor-hf", "Adafactor"), ("sgd-momentum", "SGD"), ("rmsprop", "RMSprop")]
+)
+def test_two_optimizers_are_the_first_cause_of_settings_that_only_one_has(other: str, word: str, folder: Path) -> None:
+    adam, path = folder / "torch" / "adam.h5", folder / "torch" / f"{other}.h5"
+    for result, words in (
+        (diff(adam, path), f"a follows AdamW, b {word}"),
+        (diff(path, adam), f"a follows {word}, b AdamW"),
+    ):
+        causes = [cause for cause in result.causes if cause.phase == "hparams" and cause.id != "schedule.lr"]
+        assert [(cause.id, cause.summary) for cause in causes] == [("optimizer.rule", words)]
 
 
 def test_momentum_is_not_taken_for_another_optimizer_s(folder: Path) -> None:

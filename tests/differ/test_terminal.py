@@ -27,6 +27,14 @@ ROOT = Path(__file__).parents[2]
 ENDINGS = {"same": (0, "a.h5"), "diverged": (1, "b.h5"), "incomparable": (2, "a.h5", "--only", "nothing")}
 BEGINNINGS = {"text": "DIVERGED at", "json": "{\n", "markdown": "## ❌", "junit": "<?xml", "html": "<!doctype html>"}
 SLOW_STEPS = 200
+# `trace` whose comparison takes its time, however fast the machine is: 10 s for the traces of `slow`.
+SLOWLY = """
+import time
+from differ.engine import _Engine
+from tracer.cli.main import main
+compare = _Engine._compare_step
+_Engine._compare_step = lambda self, step: (time.sleep(0.05), compare(self, step))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +47,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two traces that take seconds to compare."""
+    """Two traces of many steps."""
     made = tmp_path_factory.mktemp("slow")
     one = make_trace(made / "a.h5", steps=SLOW_STEPS)
     return one, make_trace(made / "b.h5", steps=SLOW_STEPS, fault="lr")
 
 
-def start(*arguments: object, **streams: object) -> subprocess.Popen[str]:
+def start(*arguments: object, program: tuple[str, ...] = ("-m", "tracer"), **streams: object) -> subprocess.Popen[str]:
     # pytest-xdist tells its workers a width; a shell does not, and the terminal's own is what counts.
     bare = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     environment = {**bare, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tracer", *map(str, arguments)]
+    command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload, no-any-return]
 
 
-def on(at: Terminal, *arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+def on(at: Terminal, *arguments: object, cwd: Path | None = None, **how: object) -> subprocess.Popen[str]:
     """A process that has a terminal for everything, as a shell would start it: ^C typed there is a signal."""
 
     def take() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    return start(*arguments, cwd=cwd, stdin=at.slave, stdout=at.slave, stderr=at.slave, preexec_fn=take)
+    return start(*arguments, cwd=cwd, stdin=at.slave, stdout=at.slave, stderr=at.slave, preexec_fn=take, **how)
 
 
 # Exit codes
@@ -156,7 +164,7 @@ def test_an_interrupted_comparison_is_130_and_one_line_in_every_form(
 
 def test_ctrl_c_erases_the_bar_and_leaves_one_line(slow: tuple[Path, Path]) -> None:
     with terminal() as at:
-        process = on(at, "diff", *slow)
+        process = on(at, "diff", *slow, cwd=ROOT, program=("-c", f"{SLOWLY}\nmain()"))
         at.wait_for(f"of {SLOW_STEPS + 1}")
         at.type("\x03")
         code = process.wait(60)
@@ -168,8 +176,7 @@ def test_ctrl_c_erases_the_bar_and_leaves_one_line(slow: tuple[Path, Path]) -> N
 
 def test_an_interrupted_comparison_in_a_pipe_is_130_and_one_line(slow: tuple[Path, Path]) -> None:
     code = (
-        "import os, signal, differ.command, differ.engine\n"
-        "from tracer.cli.main import main\n"
+        f"{SLOWLY}import os, signal\n"
         "signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
         "signal.setitimer(signal.ITIMER_REAL, 0.4)\n"
         f"main(['diff', {str(slow[0])!r}, {str(slow[1])!r}])\n"

@@ -1,4 +1,7 @@
-"""A transformers Trainer on a tiny Llama, on one process or on the ranks of torchrun: `ddp_trainer.py ROWS_OF_A_PROCESS`."""
+"""A transformers Trainer on a tiny Llama, on one process or on the ranks of torchrun: `ddp_trainer.py ROWS_OF_A_PROCESS [MODEL]`.
+
+MODEL: folder to save the model in before training.
+"""
 
 import json
 import sys
@@ -14,6 +17,8 @@ config = LlamaConfig(
     num_key_value_heads=1, pad_token_id=0,
 )  # fmt: skip
 model = LlamaForCausalLM(config)
+if len(sys.argv) > 2:
+    model.save_pretrained(sys.argv[2])
 ids = torch.randint(1, 61, (8, 9), generator=torch.Generator().manual_seed(3))
 rows = [{"input_ids": row, "labels": row.clone()} for row in ids]
 # Ranks supervise unequally many positions.

@@ -257,8 +257,14 @@ def evaluated_between_steps():
     return train(build(), between=between)
 
 
-@case(modules=("*.mlp", "*.v_proj.lora_delta", "lm_head"), forward_rows=5)
+@case(modules=("*.mlp", "*.mlp.act_fn", "*.v_proj.lora_delta", "lm_head"), forward_rows=5)
 def some_modules():
+    return train(build())
+
+
+@case(modules=("*rotary_emb",))
+def rotary_table():
+    """[1, L, head size]: the positions of all rows of the batch are the same."""
     return train(build())
 
 

@@ -120,6 +120,24 @@ def test_a_run_without_a_step_is_exit_code_2_with_one_line(tmp_path: Path) -> No
     assert "without an optimizer step that could be seen" in only_line(done.stderr)
 
 
+def test_a_program_that_fails_before_its_first_step_is_said_to_have_failed(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    last = trace("record", "-o", "a.h5", "--", "program.py", "seven", cwd=tmp_path).stderr.splitlines()[-1]
+    assert "a.h5: the program ended with exit code 7, and no optimizer step was seen before that" in last
+    assert last.endswith("[nothing-recorded]")
+    assert "compiled" not in last
+
+
+def test_a_program_that_an_interpreter_is_named_for_needs_no_suffix(tmp_path: Path) -> None:
+    (tmp_path / "program").write_text(PROGRAM)
+    refused = trace("record", "-o", "a.h5", "--", "./program", cwd=tmp_path)
+    assert "not a Python program; record what it starts; if it is one: " in only_line(refused.stderr)
+    done = trace("record", "-o", "a.h5", "--", "python", "program", "seven", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (7, f"['seven'] __main__ {tmp_path}\n")
+    twin = trace("record", "--twin", "-o", "b.h5", "--", "python", "program", "seven", cwd=tmp_path)
+    assert (twin.returncode, twin.stdout) == (7, f"['seven'] __main__ {tmp_path}\n")
+
+
 def test_a_failing_program_shows_its_own_traceback_and_keeps_its_exit_code(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     done = trace("record", "-o", "a.h5", "--", "program.py", "fail", cwd=tmp_path)
@@ -187,6 +205,24 @@ def test_a_program_that_ends_badly_leaves_an_unfinished_trace_with_all_its_steps
         assert opened.finished == (code == 0)
         assert opened.end["reason"] == (f"the program ended with exit code {code}" if code else "")
     assert ("unfinished" in done.stderr) == (code != 0)
+
+
+def test_what_was_written_is_counted_without_the_steps_that_were_not_asked_for(tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text((ROOT / "tests/programs/run_of_two_steps.py").read_text())
+    for steps, count in (("2:3", "1 step,"), ("1:", "2 steps,")):
+        done = trace("record", "--force", "--steps", steps, "-o", tmp_path / "run.h5", "--", program)
+        assert f"wrote {tmp_path / 'run.h5'}: {count}" in done.stderr
+
+
+def test_a_program_that_fails_before_it_trains_leaves_no_file_in_the_way(tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text("raise SystemExit(7)\n")
+    for _ in range(2):  # the second try meets nothing of the first
+        done = trace("record", "-o", tmp_path / "run.h5", "--", program)
+        assert done.returncode == 7
+        assert "the program ended with exit code 7" in done.stderr
+        assert not (tmp_path / "run.h5").exists()
 
 
 def test_an_exception_inside_the_recording_block_leaves_an_unfinished_trace(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_names_that_no_file_can_have_and_folders_that_may_not_be_searched(tmp_pa
         tmp_path.chmod(0o755)
         (tmp_path / "closed").chmod(mode | mode >> 6)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-        assert "tracer.errors." in done.stderr.splitlines()[-1], done.stderr
+        assert "\ntracer.errors." in done.stderr, done.stderr
     (tmp_path / "closed").chmod(0o700)
 
 
@@ -89,6 +89,17 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         file["data"] = np.zeros(3)
     with pytest.raises(NotATrace, match="not a trace"):
         open_trace(tmp_path / "other.h5")
+
+
+def test_check_of_a_file_that_cannot_be_opened_does_not_advise_itself(tmp_path: Path, sample: Path) -> None:
+    path = tmp_path / "cut.h5"
+    path.write_bytes(sample.read_bytes()[:20_000])
+    done = subprocess.run([sys.executable, "-m", "tracer", "check", str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nothing can be read of it; record it again [damaged]" in done.stderr
+    with pytest.raises(Damaged) as caught:
+        open_trace(path)
+    assert "trace check" in caught.value.hint
 
 
 def test_a_newer_format_is_refused_with_the_version_to_install(tmp_path: Path, sample: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 
 from tracer.errors import Damaged, TraceError
@@ -26,3 +27,8 @@ def test_every_error_is_exit_code_2() -> None:
 
 def test_an_error_is_one_line_whatever_it_is_made_of() -> None:
     assert Damaged("a\nb", "c\n  d").line() == "a b; c d [damaged]"
+
+
+def test_a_traceback_of_an_error_says_what_to_do() -> None:
+    assert traceback.format_exception(Damaged("a.h5 is damaged", "copy it again"))[-1] == "copy it again\n"
+    assert not hasattr(Damaged("a.h5 is damaged"), "__notes__")

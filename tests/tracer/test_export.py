@@ -164,6 +164,8 @@ def test_a_notebook_shows_a_trace_and_escapes_what_is_in_it(odd: Path, tmp_path:
     assert trace._repr_html_() == "<p>a closed trace</p>"
     with tracer.open(make_trace(tmp_path / "a.h5", steps=15, finished=False)) as trace:
         text = trace._repr_html_()
+        assert repr(trace) == "<Trace a.h5: steps 0 to 15, unfinished>"
+    assert repr(trace) == "<Trace a.h5: closed>"
     assert "UNFINISHED: killed" in text
     assert "… 3 more steps" in text
 

@@ -226,3 +226,18 @@ def test_a_file_that_is_being_written_is_not_overwritten(tmp_path: Path) -> None
     with open_trace(path) as trace:
         assert trace.steps == (0, 1)
     TraceWriter(path, env={}, declared={}, overwrite=True).finish()
+
+
+def test_a_trace_without_an_end_says_whether_somebody_is_still_writing_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    writer = TraceWriter(path, env={}, declared={})
+    writer.write_step(0, [loss(0)])
+    with open_trace(path) as trace:
+        assert trace.end["reason"] == "it is still being recorded"
+    killed = tmp_path / "b.h5"
+    killed.write_bytes(path.read_bytes())
+    with open_trace(killed) as trace:
+        assert (trace.finished, trace.end["reason"]) == (False, "the run was killed")
+    writer.finish()
+    with open_trace(path) as trace:
+        assert (trace.finished, trace.end["reason"]) == (True, "")

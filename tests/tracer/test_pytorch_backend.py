@@ -414,7 +414,9 @@ def test_labels_that_a_mask_may_have_changed_are_unrecorded(cases: Any) -> None:
 def test_two_optimizers_make_one_step(cases: Any) -> None:
     with open_trace(cases[1] / "two_optimizers.h5") as trace:
         assert trace.steps == (0, 1, 2, 3)
-        assert parameters(trace) == ["embed.weight", "inner.weight", "inner.bias"]
+        # Neither optimizer holds what is unused.
+        assert parameters(trace) == ["embed.weight", "inner.weight", "inner.bias", "unused.weight", "unused.bias"]
+        assert trace.observed["optimizer.unheld.names"] == ["unused.weight", "unused.bias"]
         assert values(row(trace, Phase.HPARAMS, 1), "group1.lr") == 0.2
         assert values(row(trace, Phase.OPT_STATE, 3), "step") == 3
 

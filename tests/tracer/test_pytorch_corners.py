@@ -26,14 +26,19 @@ from tracer.backends import pytorch_step
 from tracer.schema import Phase
 
 taken = 0
-take = pytorch_step.take
 
-def counting(*args, **kwargs):
-    global taken
-    taken += 1
-    return take(*args, **kwargs)
+def counted(name, size):
+    original = getattr(pytorch_step, name)
 
-pytorch_step.take = counting
+    def counting(tensors, **kwargs):
+        global taken
+        taken += size(tensors)
+        return original(tensors, **kwargs)
+
+    setattr(pytorch_step, name, counting)
+
+for name, size in (("take", lambda _: 1), ("take_all", len), ("copy_together", len)):
+    counted(name, size)
 
 def train(name, clip, model=None, batch=None, micro_batches=1, steps=1, **options):
     torch.manual_seed(0)
@@ -96,6 +101,21 @@ class Closed(torch.nn.Linear):
         raise RuntimeError("no hooks here")
 
 ids = torch.arange(6).reshape(2, 3)
+
+def evaluating(folder, held):
+    # Forwards with gradients enabled that no backward follows, as of a program that evaluates without `no_grad`.
+    pytorch_step.WAITING_BYTES = held
+    torch.manual_seed(0)
+    model = Tokens(torch.nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tracer.record(folder, what=frozenset(Phase)) as recorder:
+        for i in range(10):
+            loss = model((ids + i) % 8).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+    return recorder.failure
+
+said["held"] = evaluating(f"{sys.argv[1]}/held.h5", 2**20) + evaluating(f"{sys.argv[1]}/let_go.h5", 600)
 inside = {"what": frozenset(Phase), "micro_grads": True}
 model, said["failure"] = train("closed", bare, Tokens(Closed(4, 4)), ids, steps=2, **inside)
 said["hooks"] = sum(len(module._forward_hooks) for module in model.modules())
@@ -169,6 +189,24 @@ def test_a_division_after_a_clip_is_no_accumulation(runs: tuple[Path, dict[str, 
         assert given is not None
         assert not given.layout.entries[0].alias_of
         np.testing.assert_array_equal(given.read(0), grad.read(0) / 2)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("held", 10), ("let_go", 4)])
+def test_forwards_without_a_backward_are_let_go_before_they_fill_the_memory(
+    runs: tuple[Path, dict[str, Any]], name: str, kept: int
+) -> None:
+    assert runs[1]["held"] == ""
+    with open_trace(runs[0] / f"{name}.h5") as trace:
+        assert trace.micro_batches(Phase.BATCH, 1) == tuple(range(10))
+        for i in range(10):
+            row = trace.row(Phase.BATCH, 1, i)
+            assert row is not None
+            there = i >= 10 - kept
+            assert row.state(row.layout.positions["input_ids"]) is (State.VALUE if there else State.UNRECORDED)
+            assert (trace.row(Phase.FORWARD, 1, i) is not None) is there
+            if there:
+                ids = row.read(row.layout.positions["input_ids"])
+                np.testing.assert_array_equal(ids, (np.arange(6).reshape(2, 3) + i) % 8)
 
 
 def test_a_module_that_cannot_be_hooked_stops_the_recording_and_leaves_no_hook(

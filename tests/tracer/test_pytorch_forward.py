@@ -29,17 +29,15 @@ CASES = (
     "plain", "embedding_scaled", "output_shifted", "positions_shifted_from_six_on", "lora_scaled_after_the_first_step",
     "checkpointing", "checkpointing_reentrant", "checkpointing_selective", "autocast", "bfloat16", "accumulated",
     "weighted_by_tokens", "scaled_loss", "compiled", "partly_compiled", "labels_kept_from_the_model", "evaluated_between_steps",
-    "some_modules", "all_parameters", "a_loss_of_its_own",
+    "some_modules", "rotary_table", "all_parameters", "a_loss_of_its_own",
 )  # fmt: skip
-# One layer of the model without its number: LoRA on q, v and down, its delta before the sum.
+# An adapted layer: what its dropout leaves of its input, and its delta before the sum.
+ADAPTED = (".base_layer", ".lora_dropout", ".lora_delta", "")
+# One layer of the model without its number: LoRA on q, v and down.
 LAYER = (
-    "input_layernorm",
-    "self_attn.q_proj.base_layer", "self_attn.q_proj.lora_delta", "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj.base_layer", "self_attn.v_proj.lora_delta", "self_attn.v_proj",
-    "self_attn.o_proj", "self_attn",
-    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
-    "mlp.down_proj.base_layer", "mlp.down_proj.lora_delta", "mlp.down_proj", "mlp", "",
+    "input_layernorm", *(f"self_attn.q_proj{part}" for part in ADAPTED),
+    "self_attn.k_proj", *(f"self_attn.v_proj{part}" for part in ADAPTED), "self_attn.o_proj", "self_attn",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", *(f"mlp.down_proj{part}" for part in ADAPTED), "mlp", "",
 )  # fmt: skip
 IN_CALL_ORDER = [
     POSITIONS,
@@ -215,11 +213,23 @@ def test_evaluations_between_steps_and_forwards_that_raise_are_not_recorded(fold
 def test_modules_are_chosen_by_glob_and_rows_by_number(folder: Path) -> None:
     with open_trace(folder / "some_modules.h5") as trace:
         forward = row(trace, Phase.FORWARD, 1, 0)
-        expected = [
-            n for n in IN_CALL_ORDER if n.endswith((".mlp", ".v_proj.lora_delta")) or n in (POSITIONS, "lm_head")
+        # An activation is recorded if it is asked for, and by default not.
+        each = [
+            f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.v_proj.lora_delta", "mlp.act_fn", "mlp")
         ]
-        assert names(forward) == expected
+        assert names(forward) == [POSITIONS, *each, "lm_head"]
         assert stored(forward, POSITIONS).shape == (5, 2)
+
+
+def test_a_table_that_all_rows_share_is_recorded_at_every_position(folder: Path) -> None:
+    with open_trace(folder / "rotary_table.h5") as trace:
+        forward = row(trace, Phase.FORWARD, 1, 0)
+        assert names(forward) == [POSITIONS, "model.rotary_emb"]
+        positions = stored(forward, POSITIONS)
+        assert set(positions[:, 0]) == {0, 1}
+        # Head size 8: four rates, each twice.
+        angles = positions[:, 1, None] * np.tile(1e4 ** (-np.arange(4) / 4), 2)
+        np.testing.assert_allclose(stored(forward, "model.rotary_emb"), np.cos(angles), atol=1e-6)
 
 
 def test_autocast_outputs_have_the_dtype_that_they_were_computed_in(folder: Path) -> None:
@@ -229,8 +239,18 @@ def test_autocast_outputs_have_the_dtype_that_they_were_computed_in(folder: Path
         assert dtypes["model.embed_tokens"] == "float32"
 
 
+def test_what_a_dropout_leaves_is_zero_or_scaled(folder: Path) -> None:
+    with open_trace(folder / "plain.h5") as trace:
+        forward = row(trace, Phase.FORWARD, 1, 0)
+        given = stored(forward, "model.layers.0.input_layernorm")
+        left = stored(forward, "model.layers.0.self_attn.q_proj.lora_dropout")
+        kept = left != 0
+        np.testing.assert_allclose(left[kept], given[kept] / 0.9, rtol=1e-6)
+        assert 0.05 < 1 - kept.mean() < 0.15
+
+
 def test_a_model_without_adapters_has_no_base_layers(folder: Path) -> None:
-    plain = [name for name in IN_CALL_ORDER if not name.endswith((".base_layer", ".lora_delta"))]
+    plain = [name for name in IN_CALL_ORDER if not name.endswith(ADAPTED[:-1])]
     with open_trace(folder / "all_parameters.h5") as trace:
         assert names(row(trace, Phase.FORWARD, 1, 0)) == plain
 

@@ -20,7 +20,7 @@ from tests.tracer.ranks import STEPS, WEIGHT, WORLD, change, run, sharded, tenso
 from tests.tracer.test_cli import trace
 from tracer.children import SEARCH_PATH, TASK, children_recorded
 from tracer.dtypes import bf16_to_float32, float32_to_bf16
-from tracer.errors import BadUsage, MissingRank, NotFound
+from tracer.errors import BadUsage, MissingRank, NotATrace, NotFound
 from tracer.place import Place, place, split_rank
 from tracer.ranks import LazyRows, Order, RankTrace
 from tracer.reader import RowView, open_trace
@@ -82,6 +82,58 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     answer = trace("diff", tmp_path / "run.h5", tmp_path / "run.h5")
     assert answer.returncode == 2
     assert "[missing-rank]" in answer.stderr
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from tracer.writer import TraceWriter
+env = {"rank": 1, "world_size": 2, "launch": "x"}
+writer = TraceWriter(Path("run.rank1.h5"), env=env, declared={}, overwrite=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "show", "diff"])
+def test_a_rank_that_was_killed_before_its_first_step_is_named(tmp_path: Path, command: str) -> None:
+    write(tmp_path / "run.h5", 0)
+    if command == "check":
+        subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False)
+        assert (tmp_path / "run.rank1.h5").exists()
+    else:  # before the first byte, too
+        (tmp_path / "run.rank1.h5").write_bytes(b"")
+    files = [write(tmp_path / "one.h5", -1), tmp_path / "run.h5"] if command == "diff" else ["run.rank*.h5"]
+    answer = trace(command, *files, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "run.h5: rank 1 of 2 has no complete step (run.rank1.h5), killed before the first one" in answer.stderr
+    assert "there is rank 0 up to step 3; record the run again, or look at one rank by itself: " in answer.stderr
+    assert answer.stderr.endswith("run.rank0.h5 [missing-rank]\n")
+
+
+def test_all_ranks_that_have_no_step_are_named(tmp_path: Path) -> None:
+    for rank in range(3):
+        (tmp_path / f"run.rank{rank}.h5").write_bytes(b"")
+    with pytest.raises(MissingRank, match=r"ranks 0, 1, 2 have no complete step \(run\.rank0\.h5, run\.rank1\.h5, run"):
+        open_trace(tmp_path)
+    write(tmp_path / "run.h5", 0)
+    with pytest.raises(MissingRank, match=r"run\.rank2\.h5 are not of the run of run\.rank0\.h5, which has 2 ranks"):
+        open_trace(tmp_path)
+
+
+def test_a_rank_whose_file_is_no_trace_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "run.h5", 0)
+    (tmp_path / "run.rank1.h5").write_bytes(b"something else")
+    with pytest.raises(NotATrace, match=r"rank 1 of .*run\.h5: .*run\.rank1\.h5 is not an HDF5 file"):
+        open_trace(tmp_path)
+
+
+def test_a_rank_that_was_killed_in_its_first_step_leaves_the_state_before_training(tmp_path: Path) -> None:
+    write(tmp_path / "run.h5", 0)
+    write(tmp_path / "run.h5", 1, steps=0, finished=False)
+    with open_trace(tmp_path) as opened:
+        assert (opened.steps, opened.finished) == ((0,), False)
+    answer = trace("check", tmp_path)
+    assert "rank 1 ends after step 0: killed" in answer.stdout
 
 
 def test_ranks_of_different_runs_are_not_put_together(tmp_path: Path) -> None:

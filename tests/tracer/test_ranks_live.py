@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 
 from differ.engine import diff
 from differ.result import DiffResult, Kind, Verdict
+from tests.scenarios.test_reference import changed
 from tracer.ranks import RankTrace
 from tracer.reader import open_trace
-from tracer.schema import Phase
+from tracer.schema import Phase, Record, Row
 from tracer.shards import piece_of
 
 ROOT = Path(__file__).parents[2]
@@ -138,10 +140,53 @@ def test_a_trainer_under_torchrun_is_recorded_unmodified_to_the_same_bits_and_ag
     plain = run(*TORCHRUN, program, 2).splitlines()[-1]
     assert recorded == plain
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ranks.rank0.h5", "ranks.rank1.h5"]
-    run("python", program, 4, record=tmp_path / "one.h5")
+    run("python", program, 4, tmp_path / "model", record=tmp_path / "one.h5")
     result = diff(tmp_path / "one.h5", tmp_path / "ranks.h5")
     assert result.verdict is Verdict.SAME, result.findings
     assert result.counts.steps == 2
+    # The reference recomputes the ranks' batches together, and sees that one was fed something else than was recorded.
+    for rank in range(2):
+        changed(tmp_path / f"ranks.rank{rank}.h5", tmp_path / f"fed.rank{rank}.h5", reversed_ids if rank else kept)
+    said = run("python", "-c", VERIFY, tmp_path / "model", tmp_path / "ranks.h5", tmp_path / "fed.h5").splitlines()
+    assert said == ["follows [1, 2] None", "diverges [1, 2] (1, 'loss', 1)"]
+
+
+def test_a_launcher_that_starts_one_process_without_a_rank_leaves_the_trace_of_that_one(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    program = PROGRAMS / "run_of_two_steps.py"
+    run("accelerate", "launch", "--cpu", "--num_processes", 1, program, record=tmp_path / "launched.h5")
+    run("python", program, record=tmp_path / "plain.h5")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["launched.h5", "plain.h5"]
+    result = diff(tmp_path / "plain.h5", tmp_path / "launched.h5")
+    assert (result.verdict, result.counts.steps, result.notes) == (Verdict.SAME, 2, ())
+    assert result.counts.same_bits == result.counts.compared
+
+
+VERIFY = """
+import sys
+from differ.policy import default_policy
+from differ.reference import judge
+from scenarios.reference.engine import Options, measure
+from tracer.reader import open_trace
+for file in sys.argv[2:]:
+    with open_trace(file) as trace:
+        side = judge(measure(trace, Options("float32", sys.argv[1])), default_policy())
+    first = side.first and (side.first.step, side.first.phase, side.first.micro_batch)
+    print("follows" if side.follows else "diverges", [one.step for one in side.steps], first)
+"""
+
+
+def kept(row: Row) -> Row:
+    return row
+
+
+def reversed_ids(row: Row) -> Row:
+    def turned(record: Record) -> Record:
+        if row.phase is not Phase.BATCH or record.name != "input_ids" or record.data is None:
+            return record
+        return replace(record, data=record.data[:, ::-1].copy())
+
+    return replace(row, records=tuple(turned(record) for record in row.records))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="MLX is not installed")

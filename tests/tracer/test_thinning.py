@@ -199,3 +199,13 @@ def test_a_size_that_is_none_is_refused_with_an_example() -> None:
     said = CliRunner().invoke(record, ["-o", "x.h5", "--max-size", "huge", "--", "python", "x.py"])
     assert said.exit_code == 2
     assert "500MB" in said.output
+
+
+def test_a_size_that_no_trace_can_keep_is_refused(tmp_path: Path) -> None:
+    from tracer.cli.record import record
+
+    asked = ["-o", str(tmp_path / "x.h5"), "--max-size"]
+    said = CliRunner().invoke(record, [*asked, "100kB", "--", "python", "x.py"])
+    assert said.exit_code == 2
+    assert "give 1MB or more" in said.output
+    assert "give 1MB or more" not in CliRunner().invoke(record, [*asked, "1MB", "--", "python", "x.py"]).output

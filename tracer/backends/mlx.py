@@ -27,10 +27,11 @@ from tracer.backends.mlx_events import (
     micro_batch_event,
 )
 from tracer.backends.mlx_forward import Forward
-from tracer.backends.mlx_model import Snapshot, find, perturb, snapshot
+from tracer.backends.mlx_model import Snapshot, find, perturb, snapshot, training_mode
 from tracer.backends.mlx_patch import Patches, cell_of, functions_with_code, inner_code
 from tracer.backends.mlx_step import Collector
 from tracer.backends.mlx_trainers import hook_mlx_lm, hook_unsloth
+from tracer.modes import Mode
 from tracer.recorder import Recorder
 
 Function = Callable[..., Any]
@@ -247,8 +248,10 @@ class Backend:
                 with self._recorder.guard():
                     trained = args[min(argnums)] if argnums and min(argnums) < len(args) else None
                     start = self._snapshot(loss, model, trained)
+            mode = None
             with self._recorder.guard():
                 self._forward.begin(model or self._model, loss)
+                mode = training_mode(model or self._model, loss)
             self._differentiating += 1
             try:
                 outcome = taken(*args, **kwargs)
@@ -256,21 +259,25 @@ class Backend:
                 self._differentiating -= 1
             with self._recorder.guard():
                 arguments = loss_arguments(loss, args[skip:], kwargs, argnums)
-                self._gradients_taken(start, arguments, outcome)
+                self._gradients_taken(start, arguments, outcome, mode)
             return outcome
 
         setattr(call, MARK, True)
         return call
 
     def _gradients_taken(
-        self, start: Snapshot | None, arguments: list[tuple[str, str, Array]], outcome: tuple[Any, Tree]
+        self,
+        start: Snapshot | None,
+        arguments: list[tuple[str, str, Array]],
+        outcome: tuple[Any, Tree],
+        mode: Mode | None,
     ) -> None:
         value, gradients = outcome
         scope = self._scope
         # The raw gradient is needed only where it is the step's only one, or is recorded by itself.
         alone = not self._collector.pending and not any(isinstance(e, MicroBatch) for e in scope.events)
         raw = flatten(gradients) if alone or self._recorder.options.micro_grads else {}
-        event = micro_batch_event(scope.tape, arguments, value, raw, self._forward.take())
+        event = micro_batch_event(scope.tape, arguments, value, raw, self._forward.take(), mode)
         if self._frame is not None:
             scope.events.append(event)
             return

@@ -16,6 +16,7 @@ import numpy as np
 
 from tracer.backends.mlx_arrays import Array, Tree, flatten
 from tracer.backends.mlx_forward import Captured, Output
+from tracer.modes import Mode
 
 Slots = dict[str, int]
 
@@ -62,7 +63,8 @@ class OutputSlot:
 class MicroBatch:
     """One call of value_and_grad: arguments of the loss, its value, the token count beside it, raw gradients.
 
-    `modules`: module outputs in call order.  `tokens`: what the losses of the tokens are made from.
+    `modules`: module outputs in call order.  `tokens`: what the losses of the tokens are made from.  `training`: the mode of the
+    model's modules; a compiled function keeps the one that it was traced in.
     """
 
     arguments: tuple[ArgumentSlot, ...]
@@ -71,6 +73,7 @@ class MicroBatch:
     raw: Slots
     modules: tuple[OutputSlot, ...] = ()
     tokens: tuple[OutputSlot, ...] = ()
+    training: Mode | None = None
 
     def moved(self, move: Callable[[int], int]) -> MicroBatch:
         """The same event with its slots on another tape."""
@@ -215,6 +218,7 @@ def micro_batch_event(
     value: Any,
     gradients: Mapping[str, Array],
     captured: Captured,
+    training: Mode | None,
 ) -> MicroBatch:
     """Event of one value_and_grad call.  A tuple's first element is the loss; a scalar integer beside it, the count."""
     import mlx.core as mx
@@ -231,6 +235,7 @@ def micro_batch_event(
         tape.put_all(gradients),
         modules=_put_outputs(tape, captured.modules),
         tokens=_put_outputs(tape, captured.tokens),
+        training=training,
     )
 
 

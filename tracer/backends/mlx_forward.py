@@ -18,7 +18,7 @@ from typing import Any, Final
 from tracer.backends.mlx_arrays import Array
 from tracer.backends.mlx_model import find
 from tracer.backends.mlx_patch import Patches
-from tracer.names import BASE_LAYER, LORA_DELTA
+from tracer.names import BASE_LAYER, LORA_DELTA, LORA_DROPOUT
 from tracer.recorder import Recorder
 from tracer.schema import Phase
 
@@ -151,6 +151,8 @@ class Forward:
             around = name
         asked = {name, around + LORA_DELTA} if "lora_a" in module or around != name else {name}
         wanted = self._modules and bool(path) and any(self._recorder.wants_module(each) for each in asked)
+        # mlx-lm has a dropout in every LoRA layer; with a rate of 0 it is none.
+        wanted = wanted and not (name.endswith(LORA_DROPOUT) and getattr(module, "_p_1", 1) == 1)
         head = _head(path) if callable(getattr(type(module), "as_linear", None)) else ""
         return _Known(name, path, wanted, head, self._fed_by(path, modules))
 

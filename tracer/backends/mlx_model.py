@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from tracer.backends.mlx_arrays import Array, Tree, array_record, dtype_name, flatten, plain_record, to_numpy
 from tracer.dtypes import is_float
+from tracer.modes import Mode, mode_of
 from tracer.names import TRANSPOSED, NameMap, state_name
 from tracer.perturb import Perturbation, nudge
 from tracer.recorder import Recorder
@@ -105,6 +106,14 @@ def observe_settings(recorder: Recorder, settings: Any) -> None:
         private = field.name.endswith(("file", "path", "_dir")) or (isinstance(value, str) and os.sep in value)
         if isinstance(value, (bool, int, float, str)) and not private:
             recorder.observe(f"trainer.args.{field.name}", value)
+
+
+def training_mode(model: Any, loss: Any) -> Mode | None:
+    """The mode of all modules of a model, or of the one that the loss function reaches; None without one."""
+    import mlx.nn as nn
+
+    model = model if isinstance(model, nn.Module) else find(loss, nn.Module)
+    return None if model is None else mode_of(bool(module.training) for module in model.modules())
 
 
 def rng_key() -> npt.NDArray[Any] | None:
@@ -219,6 +228,8 @@ def _observe(recorder: Recorder, start: Snapshot) -> None:
 
     recorder.observe("framework", "mlx")
     recorder.observe("framework.version", getattr(mx, "__version__", ""))
+    # It has none: everything is computed in the dtypes of the arrays.
+    recorder.observe("autocast", "none")
     dtypes = sorted({d for a in start.parameters.values() if is_float(d := dtype_name(a))})
     recorder.observe("model.dtype", dtypes[0] if len(dtypes) == 1 else dtypes)
     if start.model is None:

@@ -29,8 +29,10 @@ from tracer.backends.mlx_forward import Output
 from tracer.backends.mlx_model import Snapshot, add_init, is_number, rng_records, shared_state, state_records
 from tracer.backends.mlx_outputs import Sampled, forward_records, sample, token_loss_record, token_losses
 from tracer.dtypes import is_float
+from tracer.modes import Mode, TrainingMode
 from tracer.recorder import Recorder
 from tracer.schema import REPORTED_PREFIX, Phase, Record, State
+from tracer.unheld import observe_unheld
 
 # A run that never updates through an optimizer must not fill the memory.
 MAX_MICRO_BATCHES: Final = 4096
@@ -62,6 +64,7 @@ class _Seen:
     loss: Array | None
     count: Array | None
     raw: dict[str, Array]
+    training: Mode | None = None
     batch: _Batch | None = None
     sampled: Sampled | None = None
     tokens: Array | None = None
@@ -84,6 +87,8 @@ class Collector:
         self.rng: npt.NDArray[Any] | None = None
         self._pending: list[_Seen] = []
         self._begun = False
+        self._trainable: frozenset[str] = frozenset()
+        self._training = TrainingMode(recorder)
         twin = recorder.options.twin
         # Whether a twin's starting point has been moved; true where there is nothing to move.
         self.perturbed = twin is None or twin.seed is None
@@ -107,7 +112,7 @@ class Collector:
         raw = {} if self._pending and not each else _arrays(event.raw, values)
         for earlier in self._pending:
             earlier.raw = earlier.raw if each else {}
-        self._pending.append(seen := _Seen(arguments, loss, count, raw))
+        self._pending.append(seen := _Seen(arguments, loss, count, raw, event.training))
         self._look_inside(seen, event, values)
         if len(self._pending) > MAX_MICRO_BATCHES:
             self.recorder.stop(f"{MAX_MICRO_BATCHES} gradients were taken without an update by an MLX optimizer")
@@ -138,6 +143,7 @@ class Collector:
         self._add_micro_batches(pending)
         self._add_gradients(gradients, event, values)
         self._add_optimizer(event, values)
+        self.recorder.add(Phase.HPARAMS, self._training.of_step(seen.training for seen in pending))
         self.rng = None
         self.recorder.end_step()
 
@@ -149,6 +155,7 @@ class Collector:
             self.recorder.stop(NOT_MOVED)
         if self.start is not None:
             add_init(self.recorder, self.start)
+            self._trainable = self.start.trainable
         self.start = None
         self.recorder.end_step()
 
@@ -156,6 +163,8 @@ class Collector:
         observe = self.recorder.observe
         observe("compiled", compiled)
         observe("accumulation", micro_batches)
+        if self._trainable:
+            observe_unheld(self.recorder, sorted(self._trainable - event.applied.keys()))
         kinds = [type(part.optimizer).__name__ for part in event.parts]
         observe("optimizer.class", kinds[0] if len(kinds) == 1 else kinds)
         corrected = sorted({bool(p.optimizer.bias_correction) for p in event.parts if _corrects(p.optimizer)})

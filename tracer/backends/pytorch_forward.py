@@ -20,7 +20,8 @@ import numpy.typing as npt
 from tracer.backends.pytorch_model import LORA_FACTORS
 from tracer.backends.pytorch_tensors import Taken, is_distributed, take, unrecorded_like
 from tracer.dtypes import BFLOAT16, float32_to_bf16, to_numpy
-from tracer.names import BASE_LAYER, LORA_DELTA
+from tracer.modes import Mode
+from tracer.names import BASE_LAYER, LORA_DELTA, LORA_DROPOUT
 from tracer.positions import relevant_positions
 from tracer.schema import POSITIONS, TOKEN_LOSS, Record, State
 
@@ -162,7 +163,8 @@ class Forwards:
                 self._recorder.observe("forward.unrecorded", COMPILED_PARTS)
             if in_place or _is_sealed(module):
                 continue
-            if self._is_wanted(self._recorder.names(prefix + name).name) and not _is_plain_function(module):
+            canonical = self._recorder.names(prefix + name).name
+            if self._is_wanted(canonical) and self._says_something(canonical, module):
                 yield prefix + name, module
 
     def _is_wanted(self, name: str) -> bool:
@@ -173,6 +175,12 @@ class Forwards:
             or wants(name + LORA_DELTA)
             or (name.endswith(BASE_LAYER) and wants(name.removesuffix(BASE_LAYER) + LORA_DELTA))
         )
+
+    def _says_something(self, name: str, module: Any) -> bool:
+        """Whether a module's output is more than that of those around it; what is asked for by name always is."""
+        if name.endswith(LORA_DROPOUT):
+            return _is_dropout(module) and module.p > 0
+        return bool(self._recorder.options.modules) or not _is_plain_function(module)
 
     def _hook(self, forward: Forward, original: str, module: Any) -> Callable[..., None]:
         name = self._recorder.names(original).name
@@ -269,10 +277,13 @@ def _prepare(batch: Sequence[Record], limit: int) -> Forward | None:
 
 def _is_plain_function(module: Any) -> bool:
     """Whether a module is a dropout or an activation, whatever it is called in its model."""
+    return _is_dropout(module) or type(module).__module__ == "torch.nn.modules.activation"
+
+
+def _is_dropout(module: Any) -> bool:
     import torch
 
-    kind = type(module)
-    return issubclass(kind, torch.nn.modules.dropout._DropoutNd) or kind.__module__ == "torch.nn.modules.activation"
+    return isinstance(module, torch.nn.modules.dropout._DropoutNd)
 
 
 def _is_sealed(module: Any) -> bool:
@@ -284,10 +295,14 @@ def _is_sealed(module: Any) -> bool:
 
 
 def _first(output: Any, shape: tuple[int, int]) -> Any | None:
-    """The first tensor [B, L, features] of an output."""
+    """The first tensor [B, L, features] of an output; one that all rows share, as rotary tables are, is every row's."""
+    rows, length = shape
     for value in output if isinstance(output, tuple | list) else (output,):
-        if hasattr(value, "element_size") and value.ndim == 3 and tuple(value.shape[:2]) == shape:
-            return value
+        if hasattr(value, "element_size") and value.ndim == 3 and value.shape[1] == length:
+            if value.shape[0] == rows:
+                return value
+            if value.shape[0] == 1:
+                return value.expand(rows, -1, -1)
     return None
 
 
@@ -344,9 +359,7 @@ def token_losses(
     rows, length = shape
     if target.is_floating_point() or logits.ndim != 2 or target.ndim != 1 or length < 2:
         return None
-    if is_distributed(logits) or is_distributed(target):
-        return None
-    if target.numel() not in (rows * length, rows * (length - 1)):
+    if is_distributed(logits) or is_distributed(target) or target.numel() not in (rows * length, rows * (length - 1)):
         return None
     with torch.no_grad(), _without_modes():
         parts = [
@@ -363,11 +376,12 @@ def token_losses(
 
 @dataclass(slots=True)
 class MicroBatch:
-    """A training forward: its batch, the outputs of its modules, and the loss of each token if that was asked for and seen."""
+    """A training forward: its batch, outputs of its modules, the loss of each token if asked for and seen, the model's mode."""
 
     batch: list[Record]
     forward: Forward | None = None
     token_loss: npt.NDArray[np.float32] | None = None
+    training: Mode | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tracer.backends.pytorch_copies import take_all
 from tracer.backends.pytorch_registry import Named
-from tracer.backends.pytorch_tensors import Taken, is_distributed, no_gradient, take, unrecorded_like, unscaled
+from tracer.backends.pytorch_tensors import Taken, is_distributed, no_gradient, unrecorded_like, unscaled
 
 if TYPE_CHECKING:
     from tracer.recorder import Recorder
@@ -36,9 +37,8 @@ class MicroGradients:
         """The backward has ended: gradient of each parameter by id, unscaled."""
         arrived = self._arrived
         self.discard()
-        return {
-            id(p): unscaled(take(arrived[id(p)]), scale) if id(p) in arrived else _not_arrived(p) for _, p in parameters
-        }
+        taken = dict(zip(arrived, take_all(list(arrived.values())), strict=True))
+        return {id(p): unscaled(taken[id(p)], scale) if id(p) in taken else _not_arrived(p) for _, p in parameters}
 
     def discard(self) -> None:
         """Take the hooks off and forget what they saw."""

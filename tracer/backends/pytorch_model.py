@@ -10,14 +10,60 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tracer.backends.pytorch_tensors import alias_of, record_of, scalar, take, take_frozen
+from tracer.modes import Mode, mode_of
 from tracer.names import NameMap
 from tracer.schema import Phase, Record
 
 LORA_FACTORS = ("lora_A", "lora_embedding_A")
+
+
+class ParameterNames:
+    """The parameters of a module by name, remembered for as long as it holds the same ones in the same places.
+
+    torch finds each name anew, which takes milliseconds in a model of a thousand modules; whether anything has moved is seen
+    at a tenth of that.
+    """
+
+    def __init__(self) -> None:
+        self._structure: list[object] | None = None
+        self._named: list[tuple[str, weakref.ref[Any]]] = []
+
+    def of(self, root: Any) -> list[tuple[str, Any]]:
+        """Original names and parameters in the module's own order; a tied weight once, under its first name."""
+        structure = _structure(root)
+        if structure is not None and structure == self._structure:
+            known = [(name, ref()) for name, ref in self._named]
+            # An address may have been used again, but then what was there before is gone.
+            if all(parameter is not None for _, parameter in known):
+                return known
+        named = list(root.named_parameters())
+        self._structure = structure
+        self._named = [(name, weakref.ref(parameter)) for name, parameter in named]
+        return named
+
+
+def _structure(root: Any) -> list[object] | None:
+    """Names and addresses of the modules and parameters inside a module; None for one that keeps them otherwise (scripted)."""
+    found: list[object] = []
+    queue, seen = [root], set()
+    for module in queue:  # grows on the way
+        own = vars(module)
+        parameters, children = own.get("_parameters"), own.get("_modules")
+        if not isinstance(parameters, dict) or not isinstance(children, dict):
+            return None
+        if parameters:
+            found += parameters
+            found += map(id, parameters.values())
+        if children and id(module) not in seen:
+            seen.add(id(module))
+            found += children
+            found += map(id, children.values())
+            queue += [child for child in children.values() if child is not None]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +76,7 @@ class Model:
     ref: weakref.ref[Any]
     prefix: str
     hook: Any
+    names: ParameterNames = field(default_factory=ParameterNames)
 
     @property
     def root(self) -> Any | None:
@@ -40,7 +87,7 @@ class Model:
         """Original names and parameters in the module's own order; a tied weight once, under its first name."""
         root = self.root
         if root is not None:
-            for name, parameter in root.named_parameters():
+            for name, parameter in self.names.of(root):
                 yield self.prefix + name, parameter
 
 
@@ -181,7 +228,7 @@ def _scales(names: NameMap, prefix: str, layer: LoraLayer) -> Iterator[Record]:
 
 
 def model_facts(models: Sequence[Model]) -> dict[str, object]:
-    """What there is to observe about the models: class, dtypes, autocast, layers, LoRA rank and dropout, compiled or not."""
+    """What there is to observe about the models: class, dtypes, layers, LoRA rank and dropout, compiled or not."""
     roots = [root for model in models if (root := model.root) is not None]
     if not roots:
         return {}
@@ -193,9 +240,6 @@ def model_facts(models: Sequence[Model]) -> dict[str, object]:
         ),
         "compiled": any(is_compiled(root) for root in roots),
     }
-    autocast = _autocast(roots[0])
-    if autocast:
-        facts["autocast"] = autocast
     depth = getattr(getattr(_without_wrappers(roots[0]), "config", None), "num_hidden_layers", None)
     if isinstance(depth, int):
         facts["model.layers"] = depth
@@ -205,12 +249,18 @@ def model_facts(models: Sequence[Model]) -> dict[str, object]:
     return facts
 
 
-def _autocast(root: Any) -> str:
-    """The dtype that the program's own `torch.autocast` computes in here and now; empty outside of one."""
-    import torch
-
-    device = next((p.device.type for p in root.parameters()), "cpu")
-    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else ""
+def training_mode(root: Any) -> Mode | None:
+    """The mode of all modules of a model.  torch.compile's wrappers keep the mode that their module had when it was wrapped."""
+    flags: set[Mode] = set()
+    queue, seen = [root], {id(root)}
+    for module in queue:  # grows on the way
+        children = module._modules
+        if "_orig_mod" not in children:
+            flags.add(bool(module.training))
+        new = [child for child in children.values() if child is not None and id(child) not in seen]
+        seen.update(map(id, new))
+        queue += new
+    return mode_of(flags)
 
 
 def _one_or_all(values: Iterable[object]) -> object:

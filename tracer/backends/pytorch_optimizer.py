@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from tracer.backends.pytorch_tensors import Taken, record_of, scalar, take
-from tracer.dtypes import to_float64
+from tracer.backends.pytorch_copies import take_all
+from tracer.backends.pytorch_tensors import Taken, record_of, scalar
+from tracer.dtypes import to_numpy
 from tracer.names import NameMap
 from tracer.schema import Record
 
@@ -45,13 +46,12 @@ class Group:
 
 
 def groups_of(optimizer: Any, name_of: Callable[[Any], str]) -> list[Group]:
-    """The groups of an optimizer that hold a trainable parameter."""
-    groups = []
-    for group in optimizer.param_groups:
-        names = tuple(name_of(p) for p in group["params"] if p.requires_grad)
-        if names:
-            groups.append(Group(_settings(optimizer, group), names))
-    return groups
+    """The groups of an optimizer that hold a trainable parameter; of one that holds none, all of them."""
+    groups = [
+        Group(_settings(optimizer, group), tuple(name_of(p) for p in group["params"] if p.requires_grad))
+        for group in optimizer.param_groups
+    ]
+    return [group for group in groups if group.names] or groups
 
 
 def merged(groups: Iterable[Group]) -> list[Group]:
@@ -114,37 +114,53 @@ def bias_correction(optimizer: Any) -> bool | None:
 
 def take_state(
     parameters: Sequence[tuple[str, Any]], states: Sequence[Mapping[Any, Any]], names: NameMap
-) -> tuple[list[Record], dict[str, int]]:
-    """State of named parameters, and how many updates each has had by the optimizer's own count.
+) -> tuple[list[list[Record]], dict[str, int]]:
+    """State of each named parameter, and how many updates each has had by the optimizer's own count.
 
     `states`: those of the optimizer and of any that it drives.
     """
-    records: list[Record] = []
+    held = [_state_of(parameter, states) for _, parameter in parameters]
+    tensors = iter(take_all([value for state in held for value in state.values() if _is_tensor(value)]))
+    records: list[list[Record]] = []
     counts: dict[str, int] = {}
-    for original, parameter in parameters:
-        for kind, value in _state_of(parameter, states).items():
-            taken = _state_value(value)
+    for (original, _), state in zip(parameters, held, strict=True):
+        records.append([])
+        for kind, value in state.items():
+            taken = next(tensors) if _is_tensor(value) else _number(value)
             if taken is None:
                 continue
             if kind == "step" and taken.data is not None and taken.data.size == 1:
-                counts[original] = int(to_float64(taken.data, taken.dtype).item())
+                counts[original] = int(to_numpy(taken.data, taken.dtype).item())
             else:
-                records.append(record_of(names, original, taken, kind=kind))
+                records[-1].append(record_of(names, original, taken, kind=kind))
     return records, counts
+
+
+def state_records(held: Iterable[tuple[Sequence[tuple[str, Any]], Any]], names: NameMap) -> list[Record]:
+    """State of several optimizers before the first update, which a resumed run has: of each, parameters by name and its state."""
+    records: list[Record] = []
+    counts: dict[str, int] = {}
+    for parameters, state in held:
+        found, own = take_state(parameters, [state], names)
+        records += [record for of_one in found for record in of_one]
+        counts |= own
+    return records + step_records(counts, names)
 
 
 def _state_of(parameter: Any, states: Sequence[Mapping[Any, Any]]) -> Mapping[str, Any]:
     for state in states:
-        # `in` first: an optimizer's state is a defaultdict, and asking for an entry would make one.
-        if parameter in state and isinstance(state[parameter], Mapping):
-            found: Mapping[str, Any] = state[parameter]
+        # Not by index: an optimizer's state is a defaultdict, and asking for an entry would make one.
+        found: Any = state.get(parameter)
+        if isinstance(found, Mapping):
             return found
     return {}
 
 
-def _state_value(value: Any) -> Taken | None:
-    if hasattr(value, "element_size"):
-        return take(value)
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "element_size")
+
+
+def _number(value: Any) -> Taken | None:
     if isinstance(value, bool | int):
         return Taken(np.asarray(int(value), np.int64), "int64", ())
     if isinstance(value, float):

@@ -15,16 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tracer.backends.pytorch_autocast import Autocast
 from tracer.backends.pytorch_batch import batch_records, named_arguments, with_targets
 from tracer.backends.pytorch_forward import Forwards, MicroBatch, token_losses
+from tracer.backends.pytorch_idle import Idle, overflowed
 from tracer.backends.pytorch_micro import MicroGradients
-from tracer.backends.pytorch_model import initial_records, is_flattened, model_facts, trainable
-from tracer.backends.pytorch_optimizer import bias_correction, groups_of, merged, step_records, take_state
+from tracer.backends.pytorch_model import initial_records, is_flattened, model_facts, trainable, training_mode
+from tracer.backends.pytorch_optimizer import bias_correction, groups_of, merged, state_records
 from tracer.backends.pytorch_perturb import perturb
-from tracer.backends.pytorch_registry import Registry
+from tracer.backends.pytorch_registry import Call, Named, Registry
 from tracer.backends.pytorch_step import Clip, Step
-from tracer.backends.pytorch_tensors import Taken, numpy_rng_record, rng_records, take, unrecorded
+from tracer.backends.pytorch_tensors import Taken, numpy_rng_record, record_of, rng_records, take, unrecorded
+from tracer.modes import TrainingMode
 from tracer.schema import Phase, Record
+from tracer.unheld import observe_unheld
 
 if TYPE_CHECKING:
     from tracer.recorder import Recorder
@@ -64,14 +68,15 @@ class Run:
         self._last_scale = 1.0
         self._forwards = Forwards(recorder)
         self._micro_gradients = MicroGradients(recorder)
+        self._autocast = Autocast(recorder)
+        self._training = TrainingMode(recorder)
+        self._idle = Idle()
         # Optimizers that are updating now: the first, and any that it drives.
         self._updating: list[Any] = []
         self._idle_update = False
         self._backwards_in_update = 0
         self._backward_under_way = False
         self._perturbed = recorder.options.twin is None
-
-    # The start.
 
     def _perturb(self) -> None:
         """Make this run the twin that it is asked to be, once, as soon as its models are known."""
@@ -97,17 +102,14 @@ class Run:
         self.registry.settled = True
         recorder, names = self.recorder, self.recorder.names
         if recorder.wants(Phase.INIT):
+            without_model = self.registry.without_model()
             recorder.add(Phase.INIT, initial_records(self.registry.models, names))
+            recorder.add(Phase.INIT, [record_of(names, name, take(p)) for name, p in without_model])
             numpy_rng = numpy_rng_record()
             recorder.add(Phase.INIT, rng_records() + ([numpy_rng] if numpy_rng else []))
         if recorder.wants(Phase.OPT_STATE):
-            # A resumed run has state already.
-            counts: dict[str, int] = {}
-            for optimizer in self.registry.live():
-                records, own = take_state(self.registry.named(optimizer), [optimizer.state], names)
-                recorder.add(Phase.OPT_STATE, records)
-                counts |= own
-            recorder.add(Phase.OPT_STATE, step_records(counts, names))
+            held = [(self.registry.named(optimizer), optimizer.state) for optimizer in self.registry.live()]
+            recorder.add(Phase.OPT_STATE, state_records(held, names))
         # Only now: importing torch does not make it the framework that trains.
         recorder.observe("framework", "torch")
         recorder.observe("framework.version", str(torch.__version__))
@@ -120,19 +122,23 @@ class Run:
     def forward(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A root module is called with gradients enabled."""
         self.registry.called(module)
+        call = self.registry.outermost(Call(module, args, kwargs))
         self._perturb()
         if self._step.stepped and not self._backward_under_way:
             self._end_step()
         # torch.compile's wrapper keeps the mode that the module had when it was wrapped.
-        training = module._modules.get("_orig_mod", module).training
+        training = call.module._modules.get("_orig_mod", call.module).training
         if training:
             self._start()
         rng = [] if self._step.rng or not self.recorder.wants(Phase.HPARAMS) else rng_records()
-        micro_batch = self._micro_batch(module, args, kwargs)
+        if self.recorder.step <= 1:
+            self._autocast.begin(call.module)
+        micro_batch = self._micro_batch(call.module, call.args, call.kwargs)
+        micro_batch.training = training_mode(call.module)
         self._candidate = None if training else _Forward(micro_batch, rng)
         if training:
             self._step.rng = self._step.rng or rng
-            self._step.waiting.append(micro_batch)
+            self._step.wait(micro_batch)
 
     def _micro_batch(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> MicroBatch:
         """What a root module is called with; its modules are hooked for this call if their outputs are asked for."""
@@ -169,11 +175,14 @@ class Run:
 
     def backward_begins(self, tensors: Any, weights: Any) -> None:
         """The program calls backward on `tensors` (one, or several) with `weights` (usually none)."""
+        self._idle.backward_seen = True
+        self._autocast.end()
         if not self.registry.live():
             return
         if self._step.stepped:
             self._end_step()
         self._start()
+        self._autocast.observe()
         if self._step.losses and all(p.grad is None for _, p in self.registry.tracked()):
             # The gradients so far were thrown away.  (Where they are zeroed instead, this cannot be told from a
             # micro-batch without a gradient, and the micro-batches stay.)
@@ -244,8 +253,10 @@ class Run:
         if len(self._updating) > 1:
             return
         self._backwards_in_update = 0
-        self._idle_update = not closure and _is_idle(optimizer)
+        self._idle_update = not closure and self._is_idle(optimizer)
         if self._idle_update:
+            if not self.updates:
+                self._idle.update(self.registry, optimizer)
             return
         self._start()
         if id(optimizer) in self._step.stepped:
@@ -311,8 +322,20 @@ class Run:
 
     def update_skipped(self) -> None:
         """A GradScaler found inf or nan and skipped the update; the gradients will be thrown away."""
+        self._idle.skipped()
         if not self._step.stepped:
             self._step.discard_micro_batches()
+
+    def _is_idle(self, optimizer: Any) -> bool:
+        """Whether an update is no step of the run: it has no gradient, and nothing was differentiated that it could follow.
+
+        A backward that reaches none of what the optimizer holds is a fault of the program, and its step is one.
+        """
+        if overflowed(optimizer):
+            return True
+        if any(p.grad is not None for p in trainable(optimizer)):
+            return False
+        return not self._step.losses or self._more_to_come()
 
     # The end of a step.
 
@@ -320,54 +343,55 @@ class Run:
         """End a step that still waited for another optimizer when the run ended."""
         self._forwards.close()
         self._micro_gradients.discard()
+        self._autocast.end()
         if self._step.stepped:
             self._end_step()
+        if not self.updates and (explained := self._idle.explanation()) is not None:
+            self.recorder.explain(*explained)
 
     def _end_step(self) -> None:
         step, recorder = self._step, self.recorder
-        step.tracked = self.registry.tracked()
-        self._observe_step()
+        step.tracked, unheld = self.registry.tracked(), self.registry.unheld()
+        self._observe_step(unheld)
         recorder.add(Phase.HPARAMS, step.hparams())
+        recorder.add(Phase.HPARAMS, self._training.of_step(forward.training for forward in step.forwards()))
         for i, batch in enumerate(step.batch_records()):
             recorder.add(Phase.BATCH, batch, i)
         for i, forward in enumerate(step.forwards()):
             recorder.add(Phase.FORWARD, forward.forward_records(recorder.wants_module), i)
         for i, losses in enumerate(step.loss_records(tokens=recorder.options.token_loss)):
             recorder.add(Phase.LOSS, losses, i)
+        gradients: list[Record] = []
         if recorder.wants(Phase.GRAD):
-            for i, gradients in enumerate(step.micro_gradient_records(recorder.names)):
-                recorder.add(Phase.GRAD, gradients, i)
-            recorder.add(Phase.GRAD, step.gradient_records(recorder.names))
+            for i, of_micro_batch in enumerate(step.micro_gradient_records(recorder.names)):
+                recorder.add(Phase.GRAD, of_micro_batch, i)
+            gradients = step.gradient_records(recorder.names)
+            recorder.add(Phase.GRAD, gradients)
         if recorder.wants(Phase.CLIPPED_GRAD):
-            with_grad = recorder.wants(Phase.GRAD)
-            recorder.add(Phase.CLIPPED_GRAD, step.given_records(recorder.names, with_grad=with_grad))
+            recorder.add(Phase.CLIPPED_GRAD, step.given_records(recorder.names, gradients))
         recorder.add(Phase.OPT_STATE, step.state_records(recorder.names))
+        if recorder.wants(Phase.PARAM):
+            step.take_params(unheld, recorder.names)
         recorder.add(Phase.PARAM, step.param_records())
         # A forward that no backward followed is no part of the next step.
         self._step = Step()
         self.registry.step_ended()
         recorder.end_step()
 
-    def _observe_step(self) -> None:
-        """Settings that show once there has been a step."""
+    def _observe_step(self, unheld: Sequence[Named]) -> None:
+        """Settings that show once there has been a step.  `unheld`: the trainable parameters that no optimizer holds."""
         step, recorder = self._step, self.recorder
         if recorder.step != 1:
             return
         if step.losses:
             recorder.observe("accumulation", len(step.losses))
+        self._autocast.observe()
+        observe_unheld(recorder, [name for name, _ in unheld])
         groups = merged(step.groups)
         if len(groups) > 1:
             recorder.observe("optimizer.groups", {f"group{i}": list(g.names) for i, g in enumerate(groups)})
         if (clip := step.clipped()) is not None:
             recorder.observe("clip.mode", clip[0])
             recorder.observe("clip.value", clip[1])
-        elif recorder.wants(Phase.CLIPPED_GRAD) and step.unclipped():
+        elif recorder.wants(Phase.CLIPPED_GRAD) and step.updated and step.unclipped():
             recorder.observe("clip.mode", "none")
-
-
-def _is_idle(optimizer: Any) -> bool:
-    """Whether an update has no gradient to work with, or will leave all as it is for an inf in a scaled one."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and float(found_inf) != 0.0:
-        return True
-    return all(p.grad is None for p in trainable(optimizer))

@@ -7,10 +7,12 @@ replaced by one that was seen at another.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from tracer.backends.pytorch_copies import copy_together, groups_of_plain, take_all
 from tracer.backends.pytorch_forward import MicroBatch
 from tracer.backends.pytorch_optimizer import Group, group_records, merged, step_records, take_state
 from tracer.backends.pytorch_registry import Named
@@ -29,6 +31,11 @@ from tracer.backends.pytorch_tensors import (
 from tracer.names import NameMap
 from tracer.schema import REPORTED_PREFIX, TOKEN_LOSS, Phase, Record
 
+# Bytes of batches and module outputs that are held while no backward has come for them, beside the latest.
+WAITING_BYTES: Final = 256 * 2**20
+# A forward that was seen, and of which nothing is held any more.
+LET_GO: Final = MicroBatch([unrecorded("input_ids", "int64")])
+
 
 @dataclass(frozen=True, slots=True)
 class Clip:
@@ -46,8 +53,10 @@ class Step:
 
     tracked: list[Named] = field(default_factory=list)
     rng: list[Record] = field(default_factory=list)
-    # Batches whose backward has not begun, and those whose backward has.
+    # Batches whose backward has not begun (and bytes of each that is still held), and those whose backward has.
     waiting: list[MicroBatch] = field(default_factory=list)
+    held: deque[int] = field(default_factory=deque)
+    held_bytes: int = 0
     batches: list[MicroBatch] = field(default_factory=list)
     losses: list[Record] = field(default_factory=list)
     # Gradient of each backward by id of the parameter, where they are asked for.
@@ -69,11 +78,26 @@ class Step:
     # Optimizers that have made their update, by id; kept until the step ends so that no id is used twice.
     stepped: dict[int, Any] = field(default_factory=dict)
 
+    def wait(self, micro_batch: MicroBatch) -> None:
+        """A training forward begins; the backward may come after others, or never.
+
+        Of many without a backward the latest are kept, the others become unrecorded: a program that evaluates as it trains,
+        with gradients enabled, must not fill the memory.
+        """
+        if self.waiting:
+            self.held.append(_bytes_of(self.waiting[-1]))
+            self.held_bytes += self.held[-1]
+        self.waiting.append(micro_batch)
+        while self.held_bytes > WAITING_BYTES:
+            self.waiting[len(self.waiting) - 1 - len(self.held)] = LET_GO
+            self.held_bytes -= self.held.popleft()
+
     def begin_micro_batch(self, loss: Record) -> None:
         """A backward begins: the forwards since the last one belong to it."""
         self.before = len(self.batches)
         self.batches += self.waiting
         self.waiting = []
+        self.held, self.held_bytes = deque(), 0
         self.losses.append(loss)
 
     def undo_micro_batch(self) -> None:
@@ -94,9 +118,9 @@ class Step:
             self.grads = {id(p): unrecorded_like(p) for _, p in self.tracked}
             return
         scale = next(iter(self.scales), 1.0)
-        self.grads = {
-            id(p): no_gradient(p) if p.grad is None else unscaled(take(p.grad), scale) for _, p in self.tracked
-        }
+        grads = [(p, p.grad) for _, p in self.tracked]
+        taken = iter(take_all([grad for _, grad in grads if grad is not None]))
+        self.grads = {id(p): no_gradient(p) if grad is None else unscaled(next(taken), scale) for p, grad in grads}
 
     def average(self) -> None:
         """Take note of a program that has divided its gradients by the number of micro-batches.
@@ -108,8 +132,13 @@ class Step:
         count = len(self.losses)
         if count < 2 or self.grads is None or self.clipped() is not None:
             return
-        now = {id(p): no_gradient(p) if p.grad is None else take(p.grad, live=True) for _, p in self.tracked}
-        if all(is_share(self.grads[key], taken, count) for key, taken in now.items() if key in self.grads):
+        # One after the other: nearly always the first one that is looked at says no.
+        now = (
+            (self.grads[id(p)], no_gradient(p) if p.grad is None else take(p.grad, live=True))
+            for _, p in self.tracked
+            if id(p) in self.grads
+        )
+        if all(is_share(before, taken, count) for before, taken in now):
             scale = next(iter(self.scales), 1.0)
             if scale == 1.0:
                 self.snapshot()
@@ -118,27 +147,49 @@ class Step:
         """Take the gradients that the optimizer is about to use; a copy is made only where they changed since the
         backward.  `scale`: what the optimizer itself divides them by."""
         self.average()
+        grads = {id(p): p.grad for p in parameters if p.grad is not None}
+        keys, tensors = list(grads), list(grads.values())
+        groups, alone = groups_of_plain(tensors) if scale == 1.0 else ([], list(range(len(keys))))
+        for group in groups:
+            self._given_together([keys[i] for i in group], [tensors[i] for i in group])
+        for i in alone:
+            self.given[keys[i]] = self._given_alone(keys[i], tensors[i], scale)
         for parameter in parameters:
-            self.given[id(parameter)] = self._given(parameter, scale)
+            if id(parameter) not in grads:
+                self.given[id(parameter)] = self._known(id(parameter), no_gradient(parameter))
 
-    def _given(self, parameter: Any, scale: float) -> Taken:
-        before = (self.grads or {}).get(id(parameter))
-        grad = parameter.grad
-        now = no_gradient(parameter) if grad is None else unscaled(take(grad, live=True), scale)
-        if before is not None and same_bits(before, now):
-            return before
-        return now if grad is None or scale != 1.0 else take(grad)
+    def _given_together(self, keys: Sequence[int], grads: Sequence[Any]) -> None:
+        now = copy_together(grads)
+        before = [(self.grads or {}).get(key) for key in keys]
+        kept = before if now.same_bits(before) else now.each()
+        self.given.update((key, taken) for key, taken in zip(keys, kept, strict=True) if taken is not None)
+
+    def _given_alone(self, key: int, grad: Any, scale: float) -> Taken:
+        now = self._known(key, looked := unscaled(take(grad, live=True), scale))
+        return take(grad) if now is looked and scale == 1.0 else now
+
+    def _known(self, key: int, now: Taken) -> Taken:
+        """The snapshot of a gradient if that has the same bits as it has now."""
+        before = (self.grads or {}).get(key)
+        return before if before is not None and same_bits(before, now) else now
 
     def updated_by(
         self, parameters: Sequence[Named], states: Sequence[Mapping[Any, Any]], names: NameMap, *, with_params: bool
     ) -> None:
         """Take what an update has made: the parameters, and the optimizer's state of them (of no `states`: none)."""
-        for name, parameter in parameters:
-            self.updated[id(parameter)] = name, parameter
-            self.state[id(parameter)], counts = take_state([(name, parameter)], states, names)
-            self.counts |= counts
-            if with_params:
-                self.params[id(parameter)] = record_of(names, name, take(parameter))
+        keys = [id(parameter) for _, parameter in parameters]
+        self.updated.update(zip(keys, parameters, strict=True))
+        records, counts = take_state(parameters, states, names)
+        self.state.update(zip(keys, records, strict=True))
+        self.counts |= counts
+        if with_params:
+            self.take_params(parameters, names)
+
+    def take_params(self, parameters: Sequence[Named], names: NameMap) -> None:
+        """Take parameters as they are after the update: of the optimizer's, or such as none holds."""
+        taken = take_all([parameter for _, parameter in parameters])
+        for (name, parameter), value in zip(parameters, taken, strict=True):
+            self.params[id(parameter)] = record_of(names, name, value)
 
     # The records of the finished step.
 
@@ -177,12 +228,14 @@ class Step:
         grads = self.grads or {}
         return all(key in grads and self.given.get(key) is grads[key] for key in self.updated)
 
-    def given_records(self, names: NameMap, *, with_grad: bool) -> list[Record]:
-        """Phase `clipped_grad`; references to `grad` (if that is recorded) where nothing was changed."""
-        records = [record_of(names, name, self.given.get(id(p)) or unrecorded_like(p)) for name, p in self._in_order()]
-        if with_grad and self.unclipped():
-            return [alias_of(r, f"{Phase.GRAD.label}/{r.name}") for r in records]
-        return records
+    def given_records(self, names: NameMap, gradients: Sequence[Record]) -> list[Record]:
+        """Phase `clipped_grad`; references to `gradients`, what `gradient_records` gave (nothing if `grad` is not recorded),
+        where nothing was changed."""
+        if gradients and self.unclipped():
+            label = Phase.GRAD.label
+            of_tracked = zip(self.tracked, gradients, strict=False)  # norms come after them
+            return [alias_of(r, f"{label}/{r.name}") for (_, p), r in of_tracked if id(p) in self.updated]
+        return [record_of(names, name, self.given.get(id(p)) or unrecorded_like(p)) for name, p in self._in_order()]
 
     def state_records(self, names: NameMap) -> list[Record]:
         """Phase `opt_state`."""
@@ -190,8 +243,8 @@ class Step:
         return records + step_records(self.counts, names)
 
     def param_records(self) -> list[Record]:
-        """Phase `param`: what was updated, in the model's order whatever the order of the updates."""
-        return [self.params[id(p)] for _, p in self._in_order() if id(p) in self.params]
+        """Phase `param`: what was updated, and what no optimizer holds, in the model's order whatever that of the updates."""
+        return [self.params[id(p)] for _, p in self.tracked if id(p) in self.params]
 
     def _in_order(self) -> list[Named]:
         return [(name, p) for name, p in self.tracked if id(p) in self.updated]
@@ -222,3 +275,10 @@ class Step:
         if tokens and len(forwards) == len(rows):
             return [[forward.token_loss_record(), *row] for forward, row in zip(forwards, rows, strict=True)]
         return [[unrecorded(TOKEN_LOSS), *row] for row in rows] if tokens else rows
+
+
+def _bytes_of(forward: MicroBatch) -> int:
+    """Bytes of memory that a forward holds."""
+    samples = forward.forward.samples if forward.forward is not None else []
+    arrays = [*(r.data for r in forward.batch), *(sample.rows.data for sample in samples), forward.token_loss]
+    return sum(array.nbytes for array in arrays if array is not None)

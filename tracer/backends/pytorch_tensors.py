@@ -58,7 +58,7 @@ def take(tensor: Any, *, live: bool = False) -> Taken:
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         return Taken(None, dtype, shape, State.UNRECORDED)
     try:
-        array = _as_numpy(tensor, name)
+        array = as_numpy(tensor, name)
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
         # A tensor subclass (sharded, quantized) that has no array of its own.
         return Taken(None, dtype, shape, State.UNRECORDED)
@@ -94,7 +94,7 @@ class _OnDevice:
         return _OnDevice(self._tensor.transpose(first, second), self._name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        array = _as_numpy(self._tensor, self._name)
+        array = as_numpy(self._tensor, self._name)
         return array if dtype is None else array.astype(dtype)
 
 
@@ -135,7 +135,7 @@ def piece_held(tensor: Any) -> Piece | None:
     return Piece(tuple(start), whole) if tuple(local_part(tensor).shape) == tuple(shape) else None
 
 
-def _as_numpy(tensor: Any, name: str) -> npt.NDArray[Any]:
+def as_numpy(tensor: Any, name: str) -> npt.NDArray[Any]:
     """Array of a strided tensor; it shares the memory of a tensor on the CPU."""
     import torch
 
@@ -186,6 +186,13 @@ def is_share(whole: Taken, part: Taken, count: int) -> bool:
 
 def record_of(names: NameMap, original: str, taken: Taken, *, kind: str = "", stored: bool = True) -> Record:
     """The record of a tensor under its canonical name; `kind` makes it a state of the optimizer (`exp_avg`)."""
+    canonical = names(original)
+    if not canonical.transform and taken.piece is None:
+        # As nearly always, and a thousand times a step: said in one go.
+        name = canonical.name
+        if kind:
+            name, original = state_name(name, kind), state_name(original, kind)
+        return Record(name, taken.data, taken.dtype, taken.shape, original, stored=stored, state=taken.state)
     record = make_record(names, original, taken.data, taken.dtype, shape=taken.shape, state=taken.state, stored=stored)
     if taken.piece is not None:
         record = replace(record, transform=with_piece(record.transform, taken.piece))
@@ -196,7 +203,10 @@ def record_of(names: NameMap, original: str, taken: Taken, *, kind: str = "", st
 
 def alias_of(record: Record, target: str) -> Record:
     """The same record without its data: a reference to `phase/name`."""
-    return replace(record, data=None, stored=False, alias_of=target)
+    return Record(
+        record.name, None, record.dtype, record.shape, record.original, record.transform, target,
+        stored=False, state=record.state,
+    )  # fmt: skip
 
 
 def scalar(name: str, value: float | bool, dtype: str = "float64") -> Record:

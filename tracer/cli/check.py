@@ -40,7 +40,7 @@ def check(file: Path) -> int:
     \b
     trace check run.h5
     """
-    with open_trace(file) as trace:
+    with _opened(file) as trace:
         checked = [check_trace(part) for part in trace.parts]
         problems = tuple(problem for one in checked for problem in one.problems)
         result = Checked(problems, sum(one.records for one in checked))
@@ -69,6 +69,14 @@ def check(file: Path) -> int:
             return 2
         click.echo(f"WHOLE  {file}: {steps}, {result.records} records verified")
     return 0
+
+
+def _opened(file: Path) -> Trace:
+    try:
+        return open_trace(file)
+    except Damaged as error:
+        # The usual advice is to run this command.
+        raise Damaged(str(error), "nothing can be read of it; record it again") from error
 
 
 def check_trace(trace: Trace) -> Checked:

@@ -17,6 +17,7 @@ import click
 
 from tracer._version import DISTRIBUTION, VERSION
 from tracer.errors import TraceError
+from tracer.loading import without_collection
 
 # Command -> where it is, and its line in `trace --help`, which must not import it.
 COMMANDS: Final = {
@@ -70,7 +71,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
+        with without_collection():
+            command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

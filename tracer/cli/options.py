@@ -8,15 +8,15 @@ from typing import Any, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from tracer.asked import ALL, parse_steps
 from tracer.recorder import FORWARD_ROWS
 from tracer.schema import Phase
 from tracer.size import parse_bytes
 from tracer.thinning import LongRun
 
-# Every phase, in place of a list.
-ALL: Final = "all"
-
 F = TypeVar("F", bound=Callable[..., Any])
+# Bytes below which `--max-size` cannot be kept: the tables and indices of a small model take this much.
+SMALLEST: Final = 10**6
 
 
 class Steps(click.ParamType[Any]):
@@ -28,15 +28,10 @@ class Steps(click.ParamType[Any]):
         """The first and the last step."""
         if isinstance(value, tuple):
             return value
-        first, colon, last = str(value).partition(":")
         try:
-            low = int(first) if first else 0
-            high = (int(last) if last else 2**62) if colon else low
-        except ValueError:
-            self.fail(f"{value!r} is not a step (3) or a range of steps (1:5)", param, ctx)
-        if low > high or low < 0:
-            self.fail(f"{value!r} holds no step", param, ctx)
-        return low, high
+            return parse_steps(str(value))
+        except ValueError as error:
+            self.fail(f"{value!r} {error}", param, ctx)
 
 
 class Size(click.ParamType[Any]):
@@ -47,9 +42,12 @@ class Size(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes."""
         try:
-            return parse_bytes(str(value))
+            size = parse_bytes(str(value))
         except ValueError:
             self.fail(f"{value!r} is not a size (500MB, 2GB, 1048576)", param, ctx)
+        if size < SMALLEST:
+            self.fail(f"{value!r} is less than the tables of a trace take; give 1MB or more", param, ctx)
+        return size
 
 
 class Phases(click.ParamType[Any]):

@@ -21,6 +21,9 @@ def ranks_recorded(output: Path, *, fingerprint: bool) -> bool:
     if not files:
         return False
     output.unlink(missing_ok=True)
+    if list(files) == [0] and _was_alone(files[0]):
+        # A launcher that started one process: its trace is the run's.
+        files = {0: files[0].replace(output)}
     for again in restarted(output):
         print(f"trace: also wrote {again}: an attempt after a failure", file=sys.stderr)
     size = human_bytes(sum(file.stat().st_size for file in files.values()))
@@ -36,8 +39,18 @@ def ranks_recorded(output: Path, *, fingerprint: bool) -> bool:
 
         shrink_in_place(output)
         for file in files.values():
-            file.unlink()
+            if file != output:
+                file.unlink()
         names, size = str(output), human_bytes(output.stat().st_size)
     end = "" if whole else ", unfinished"
     print(f"trace: wrote {names}: {steps} step{'s' * (steps != 1)}, {size}{end}", file=sys.stderr)
     return True
+
+
+def _was_alone(file: Path) -> bool:
+    """Whether the process that wrote this file had no other rank beside it."""
+    try:
+        with open_trace(file) as trace:
+            return trace.env.get("world_size") == 1
+    except TraceError:
+        return False

@@ -29,7 +29,7 @@ from tracer.cli.twin import Kinds, TwinOptions, record_twins
 from tracer.errors import BadUsage, NotFound, NothingRecorded
 from tracer.interpreters import find, lent
 from tracer.perturb import Perturbation
-from tracer.recorder import DEFAULT_PHASES, FORWARD_ROWS, INTERRUPTED, recording
+from tracer.recorder import DEFAULT_PHASES, FORWARD_ROWS, INTERRUPTED, Recorder, recording
 from tracer.schema import Phase
 from tracer.size import human_bytes
 from tracer.thinning import LongRun
@@ -112,12 +112,15 @@ def record(output: Path, path_name: str | None, program: tuple[str, ...], **opti
         raise BadUsage(f"{', '.join(given)} needs --path", "a program of your own reads its own settings")
     if not program:
         raise BadUsage("no program was given", "trace record -o run.h5 -- python train.py")
+    asked = program
     python, program = _split_interpreter(program)
+    # What an interpreter was named for is Python, whatever its name says.
+    is_python = program != asked
     elsewhere = python is not None and Path(python).parent != Path(sys.executable).parent
     if elsewhere or twins is not None:
         interpreter = python if elsewhere and python is not None else sys.executable
-        return _in_processes(interpreter, output, options, program, twins)
-    return _record_here(output, options, program)
+        return _in_processes(interpreter, output, options, (*["python"] * is_python, *program), twins)
+    return _record_here(output, options, program, is_python=is_python)
 
 
 def _check_phases(options: Mapping[str, Any]) -> None:
@@ -162,8 +165,8 @@ def _in_processes(
     return record_twins(output, twins, run, force=options["force"])
 
 
-def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]) -> int:
-    start = _find_program(program)
+def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...], *, is_python: bool) -> int:
+    start = _find_program(program, is_python=is_python)
     code = 0
     how = _how(options)
     try:
@@ -174,14 +177,14 @@ def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]
                     INTERRUPTED if code == EXIT_INTERRUPTED else f"the program ended with exit code {code}"
                 )
         sys.stdout.flush()
-    except NothingRecorded as error:
+    except NothingRecorded:
         if ranks_recorded(output, fingerprint=options["fingerprint"]):
             return code
         if code == 0:
             raise
         # The program failed before it could train: its own exit code says more than ours, and a built-in path its own error.
         if program[:2] != BUILT_IN:
-            print(f"trace: {error.line()}", file=sys.stderr)
+            print(f"trace: {_failed_early(output, code).line()}", file=sys.stderr)
         return code
     # A launcher that was interrupted has closed a trace of its own, which would hide those of its ranks.
     if not recorder.steps_recorded and ranks_recorded(output, fingerprint=options["fingerprint"]):
@@ -190,8 +193,16 @@ def _record_here(output: Path, options: dict[str, Any], program: tuple[str, ...]
         from tracer.shrink import shrink_in_place
 
         shrink_in_place(recorder.path)
-    _report(recorder.path, recorder.steps_recorded, code)
+    _report(recorder, code)
     return code
+
+
+def _failed_early(output: Path, code: int) -> NothingRecorded:
+    """What to say of a program that failed: that comes before reasons why its steps might be hidden."""
+    return NothingRecorded(
+        f"{output.name}: the program ended with exit code {code}, and no optimizer step was seen before that",
+        "mend the program, and record it again",
+    )
 
 
 def _how(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,8 +317,8 @@ def _split_interpreter(program: tuple[str, ...]) -> tuple[str | None, tuple[str,
     return str(Path(first).absolute()), program[1:]
 
 
-def _find_program(program: tuple[str, ...]) -> Callable[[], object]:
-    """What will run the program as the interpreter would."""
+def _find_program(program: tuple[str, ...], *, is_python: bool) -> Callable[[], object]:
+    """What will run the program as the interpreter would.  `is_python`: an interpreter was named for it."""
     first, rest = program[0], list(program[1:])
     if first == "-m":
         if not rest:
@@ -324,8 +335,11 @@ def _find_program(program: tuple[str, ...]) -> Callable[[], object]:
         if found is None:
             raise NotFound(f"{first} was not found", "give a Python script, -m module, or a Python console command")
         script = Path(found)
-    if not script.is_dir() and script.suffix != ".py" and not _is_python(script):
-        raise BadUsage(f"{script} is not a Python program", f"trace record -o run.h5 -- python {shlex.quote(first)}")
+    if not is_python and not script.is_dir() and script.suffix != ".py" and not _is_python(script):
+        raise BadUsage(
+            f"{script} is not a Python program",
+            f"record what it starts; if it is one: trace record -o run.h5 -- python {shlex.quote(first)}",
+        )
     return lambda: _run_script(script, rest)
 
 
@@ -376,8 +390,11 @@ def _own_frames(at: TracebackType | None) -> TracebackType | None:
     return at
 
 
-def _report(path: Path, steps: int, code: int) -> None:
-    size = human_bytes(os.path.getsize(path))
+def _report(recorder: Recorder, code: int) -> None:
     begun = "interrupted, " if code == EXIT_INTERRUPTED else ""
-    end = ", unfinished" if code else ""
-    print(f"trace: {begun}wrote {path}: {steps} step{'s' * (steps != 1)}, {size}{end}", file=sys.stderr)
+    wrote = "wrote nothing"
+    if recorder.path.exists():
+        steps, size = recorder.steps_recorded, human_bytes(os.path.getsize(recorder.path))
+        wrote = f"wrote {recorder.path}: {steps} step{'s' * (steps != 1)}, {size}"
+    end = ", unfinished" if code or recorder.failure else ""
+    print(f"trace: {begun}{wrote}{end}", file=sys.stderr)

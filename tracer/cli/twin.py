@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import click
 
-from tracer.errors import BadUsage, Empty, RecordingStopped
+from tracer.errors import BadUsage, NotFound, RecordingStopped
 from tracer.perturb import Perturbation
 from tracer.reader import Trace, open_trace
 from tracer.schema import Phase
@@ -116,7 +116,7 @@ def _say_how_far(output: Path, path: Path) -> None:
     try:
         with open_trace(path) as twin:
             reason = "" if twin.finished else str(twin.end.get("reason") or "it was cut off")
-    except Empty:
+    except NotFound:
         reason = "its start was not moved, and nothing was recorded"
     with open_trace(output) as trace:
         if reason and trace.finished:

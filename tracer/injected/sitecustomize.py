@@ -8,7 +8,8 @@ import os
 import sys
 
 TASK = "STEPTRACE_CHILDREN"
-RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MLX_RANK")
+# The last one is what `accelerate launch` tells the one process that it starts without a rank.
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MLX_RANK", "ACCELERATE_MIXED_PRECISION")
 
 
 def _run_the_hidden_one() -> None:

@@ -37,7 +37,11 @@ _IRRELEVANT: Final = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One recorded run.  `source` gives the adapters that it starts from and, with `fed`, its batches."""
+    """One recorded run.  `source` gives the adapters that it starts from and, with `fed`, its batches.
+
+    `inside`: module outputs, losses of tokens and gradients of micro-batches are recorded too, outputs of
+    `modules` (globs; none: the usual kinds).
+    """
 
     path: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +51,8 @@ class Arm:
     threads: int = 1
     twin: int = 0
     edit: Mapping[str, Any] = field(default_factory=dict)
+    inside: bool = False
+    modules: tuple[str, ...] = ()
 
     def but(self, settings: Mapping[str, Any] | None = None, **plan: Any) -> Arm:
         """The same run with other settings, or with faults planted."""
@@ -57,6 +63,7 @@ class Arm:
         """Digest of everything that makes the trace."""
         source = self.source.key if self.source is not None else ""
         parts = [self.path, self.settings, self.plan, source, self.fed, self.threads, self.twin, self.edit]
+        parts += ["inside", *self.modules] if self.inside else []
         parts += [made_by(), *(made_by(g) for g, used in ((_PLANTED_BY, self.plan), (_EDITED_BY, self.edit)) if used)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -135,6 +142,8 @@ class Store:
             "settings": arm.settings,
             "plan": arm.plan,
             "twin": arm.twin,
+            "inside": arm.inside,
+            "modules": arm.modules,
             "init_from": source,
             "batches_from": source if arm.fed else None,
             "trace": str(self.trace(arm)),

@@ -2,7 +2,8 @@
 
 Every group has one set of settings and the same runs of it: PyTorch, again with two threads, again with another implementation
 of attention, HF Trainer, MLX eager, MLX compiled, mlx-lm's trainer, all from the adapters and batches of the first.  The other
-optimizers of the libraries have a group each, of the runs in which they follow one rule.
+optimizers of the libraries have a group each, of the runs in which they follow one rule.  Groups of INSIDE are
+recorded with module outputs, losses of tokens and gradients of micro-batches.
 """
 
 from __future__ import annotations
@@ -60,6 +61,22 @@ GROUPS: Final[dict[str, Mapping[str, Any]]] = {
 }
 
 
+# Groups that are recorded with the inside of each step: settings, and a plan for the batches that the first run gives the others.
+INSIDE: Final[dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]] = {
+    "inside": ({}, {}),
+    "inside, seed 1": ({"train.seed": 1, "data.seed": 1}, {}),
+    "inside, rows of 48, batch 4": ({"data.row_length": 48, "train.batch": 4}, {}),
+    "inside, equal rows, batch 1": ({"data.variable": False, "data.row_length": 16, "train.batch": 1}, {}),
+    "inside, 8 columns of padding": ({}, {"batch": [{"op": "wider", "by": 8}]}),
+    "inside, rows of 160": ({"data.variable": False, "data.row_length": 160}, {}),
+    "inside, accumulation": ({"train.accumulation": 2, "data.variable": False}, {}),
+    "inside, lr 2e-3": ({"optimizer.lr": 2e-3, "train.steps": 6}, {}),
+    "inside, bfloat16": ({"model.dtype": "bfloat16"}, {}),
+    "inside, float16": ({"model.dtype": "float16"}, {}),
+    "inside, gemma": ({"model.name": "tiny-gemma3-64", **_SMALL}, {}),
+}
+
+
 # Optimizer -> class and settings on either side, and whether both follow one rule: MLX's Adamax corrects no bias, its Muon
 # iterates in float32.
 OPTIMIZERS: Final[dict[str, tuple[Mapping[str, Any], bool]]] = {
@@ -87,17 +104,22 @@ OPTIMIZERS: Final[dict[str, tuple[Mapping[str, Any], bool]]] = {
 
 def all_clean() -> list[Clean]:
     """Every clean pair."""
-    return [pair for name in GROUPS for pair in _group(name)] + [
-        pair for name in OPTIMIZERS for pair in _optimizer(name)
+    return [
+        *(pair for name, settings in GROUPS.items() for pair in _group(name, Arm("torch", {**_SHORT, **settings}))),
+        *(pair for name in OPTIMIZERS for pair in _optimizer(name)),
+        *(
+            pair
+            for name, (settings, plan) in INSIDE.items()
+            for pair in _group(name, Arm("torch", {**_SHORT, **settings}, plan, inside=True))
+        ),
     ]
 
 
-def _group(name: str) -> Iterator[Clean]:
-    settings = {**_SHORT, **GROUPS[name]}
-    torch = Arm("torch", settings)
+def _group(name: str, torch: Arm) -> Iterator[Clean]:
+    settings = torch.settings
 
     def fed(path: str, **more: Any) -> Arm:
-        return Arm(path, {**settings, **more}, source=torch)
+        return Arm(path, {**settings, **more}, source=torch, inside=torch.inside)
 
     eager, compiled = fed("mlx", **{"train.compile": False}), fed("mlx")
     other = {

@@ -12,7 +12,7 @@ from typing import Any
 from differ import DiffOptions, DiffResult, diff
 from differ.align import Row, Rows
 from tests.bench.accuracy.arms import Store, digest_of
-from tests.bench.accuracy.faults import Fault
+from tests.bench.accuracy.fault import Fault
 from tracer.names import split_state_name
 from tracer.reader import open_trace
 from tracer.schema import RNG_PREFIX, Phase

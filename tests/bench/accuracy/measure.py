@@ -14,7 +14,7 @@ from typing import Any, Final
 from tests.bench.accuracy import judge, rivals, smallest
 from tests.bench.accuracy.arms import Arm, Store
 from tests.bench.accuracy.clean import Clean
-from tests.bench.accuracy.faults import Fault
+from tests.bench.accuracy.fault import Fault
 from tests.bench.accuracy.judge import Kept
 
 _TOOL: Final = ("differ/**/*.py", "differ/defaults.toml", "tracer/reader.py", "tests/bench/accuracy/judge.py")

@@ -3,17 +3,24 @@
 `planted(path, plan)` changes what the loop calls while it is open and puts everything back.  A plan is JSON:
 
     grad       [{"op", "steps": [first, last], "names": glob, "by", "seed", "flat"}]   in the backward pass, canonical layout
-    loss       {"factor"} | {"denominator": "rows" | "all"} | {"dtype"}                the loss that is differentiated
+    loss       {"factor"} | {"denominator": "rows" | "all"} | {"dtype"}, "from"       the loss that is differentiated
+    loss       {"shift"}, "from"                                                       its targets, so many on; PyTorch
+    forward    [{"op", "module": glob, "by", "at", "steps"}]                           in the forward pass, see `plants_forward`
     adapters   [{"op", "names": glob, "by"}]                                            what `--init-from` gives
-    batch      [{"op", "steps", "by"}]                                                  micro-batches
+    batch      [{"op", "steps", "by", "micro"}]                                         micro-batches, or one of each step
     base       {"name": canonical name, "factor"}                                      one frozen weight
-    schedule   {"times", "plus"}                                                       the learning rate's step, times · t + plus
-    clip       {"mode": "tensor" | "none", "value"}                                    how gradients are clipped
-    optimizer  {"eps", "eps_place", "beta1", "beta2", "decay", "reset_at", "element"}  AdamW that is not what it records
+    schedule   {"times", "plus", "after"}                                              the learning rate's step, times · t + plus
+    clip       {"mode": "tensor" | "norm" | "value" | "none", "value", "from"}         how gradients are clipped
+    optimizer  {"eps", "eps_place", "beta1", "beta2", "decay", "corrected", "from",    AdamW that is not what it records
+                "reset_at", "element_at", "unwritten", "unheld": [first, every],
+                "groups": [first, every]}
+    mode       {"from"}                                                                the model in evaluation mode; PyTorch
+    positions  {"form": "counted" | "offset" | "restart", "by", "at", "from"}          positions given to the model; PyTorch
 
     library    {"torch": [class, options], "mlx": [class, options]}                    another optimizer of the library: no fault
 
-Invariant: a plan's step numbers are 1-based optimizer steps, and an empty plan changes nothing.
+Invariant: a plan's step numbers are 1-based optimizer steps (`from`: the first with the fault; `after`: the last without it), and
+an empty plan changes nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +63,7 @@ def planted(path: str, plan: Plan) -> Iterator[None]:
             where = "torch_loop" if path == "torch" else "_mlx"
             warp = plan["schedule"]
             patch(f"scenarios.paths.{where}.schedule_of", lambda of: lambda config: Warped(of(config), **warp))
-        if {"grad", "loss", "base", "clip", "optimizer", "library"} & set(plan):
+        if {"grad", "loss", "base", "clip", "forward", "optimizer", "library", "positions", "mode"} & set(plan):
             framework = plants_torch if path == "torch" else plants_mlx
             framework.plant(plan, patch, tampering(plan.get("grad", ())))
         yield
@@ -69,17 +76,19 @@ class Warped:
     schedule: Any
     times: float = 1.0
     plus: float = 0.0
+    after: int = 0
 
     @property
     def constant(self) -> bool:
         return bool(self.schedule.constant)
 
     def factor(self, done: int) -> float:
-        return float(self.schedule.factor(done * self.times + self.plus))
+        warped = done * self.times + self.plus if done >= self.after else done
+        return float(self.schedule.factor(warped))
 
     def in_graph(self, peak: float, mx: Any) -> Callable[[Any], Any]:
         inner = self.schedule.in_graph(peak, mx)
-        return lambda step: inner(step * self.times + self.plus)
+        return lambda step: inner(mx.where(step >= self.after, step * self.times + self.plus, step))
 
 
 # Gradients.
@@ -113,6 +122,9 @@ def _changed(fault: Plan, name: str, gradient: Array, before: Array) -> Array | 
         result.flat[fault["flat"]] += fault["by"] * np.sqrt(np.mean(np.square(gradient, dtype=np.float64)))
     elif op == "set":
         result.flat[fault["flat"]] = float(fault["by"])
+    elif op == "redraw":  # other values of the same spread
+        result = np.random.default_rng(sum(name.encode())).uniform(gradient.min(), gradient.max(), gradient.shape)
+        result = result.astype(gradient.dtype)
     elif op == "transpose":  # read in the other order of its axes
         result = np.ascontiguousarray(gradient.T).reshape(gradient.shape)
     elif op == "roll":
@@ -171,7 +183,11 @@ def batches(feed: Feed, faults: Sequence[Plan]) -> Feed:
             steps = steps[fault["by"] :] + steps[: fault["by"]]
             continue
         for at in range(first - 1, last):
-            steps[at] = tuple(_moved(micro_batch, fault, feed.pad) for micro_batch in steps[at])
+            chosen = range(len(steps[at])) if "micro" not in fault else (fault["micro"],)
+            steps[at] = tuple(
+                _moved(micro_batch, fault, feed.pad) if number in chosen else micro_batch
+                for number, micro_batch in enumerate(steps[at])
+            )
     return replace(feed, steps=tuple(steps))
 
 

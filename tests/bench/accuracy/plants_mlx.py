@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.bench.accuracy import plants_forward
 from tracer.names import NameMap
 
 LOOP = "scenarios.paths.mlx_loop"
@@ -22,12 +23,16 @@ def plant(plan: Mapping[str, Any], patch: Callable[..., None], tamper: Callable[
     """Patch the loop's namespace."""
     if "base" in plan:
         patch("scenarios.paths._mlx_parts._load", lambda load: lambda *given: _scaled_base(load(*given), plan["base"]))
+    if "forward" in plan:
+        clock = plants_forward.Clock()
+        patch(LOSS, clock.counting)
+        patch("scenarios.paths._mlx_parts._load", lambda load: plants_forward.in_mlx(load, plan["forward"], clock))
     if "loss" in plan:
         patch(LOSS, lambda loss: _loss(loss, plan["loss"]))
     if "grad" in plan:
         patch(LOSS, lambda loss: _tampered(loss, tamper))
     if "clip" in plan:
-        patch("scenarios.paths._mlx._clipping", lambda _: lambda kind, _clip: _clipping(kind, plan["clip"]))
+        patch("scenarios.paths._mlx._clipping", lambda make: _clipping(make, plan["clip"]))
     if "library" in plan:
         name, options = plan["library"]["mlx"]
         patch(f"{LOOP}.build_optimizer", lambda _: lambda _config: _optimizer(name, options))
@@ -57,8 +62,15 @@ def _loss(original: Callable[..., Any], fault: Mapping[str, Any]) -> Callable[..
     import mlx.core as mx
     import mlx.nn as nn
 
+    step = 0
+
     @functools.wraps(original)
     def loss(model: Any, input_ids: Any, labels: Any) -> tuple[Any, Any]:
+        nonlocal step
+        step += 1
+        if step < fault.get("from", 1):
+            result: tuple[Any, Any] = original(model, input_ids, labels)
+            return result
         if "dtype" in fault:
             logits, targets = model(input_ids[:, :-1]).astype(getattr(mx, fault["dtype"])), labels[:, 1:]
             kept = targets != -100
@@ -104,23 +116,40 @@ def _tampered(original: Callable[..., Any], tamper: Callable[..., Any]) -> Calla
     return loss
 
 
-def _clipping(kind: type[Any], clip: Mapping[str, Any]) -> type[Any]:
-    """The optimizer class, clipping each tensor by its own norm or not at all."""
+def _clipping(make: Callable[..., type[Any]], fault: Mapping[str, Any]) -> Callable[..., type[Any]]:
+    """What gives the optimizer class its clip: its own, and from a step on another one."""
     import mlx.core as mx
+    import mlx.optimizers as optim
     from mlx.utils import tree_map
 
-    def clipped(g: Any) -> Any:
-        return g * mx.minimum(1.0, clip["value"] / (mx.sqrt(mx.square(g).sum()) + 1e-6))
+    value = fault.get("value", 1.0)
+    clips = {
+        "none": lambda gradients: gradients,
+        "norm": lambda gradients: optim.clip_grad_norm(gradients, value)[0],
+        "value": lambda gradients: tree_map(lambda g: mx.clip(g, -value, value), gradients),
+        "tensor": lambda gradients: tree_map(
+            lambda g: g * mx.minimum(1.0, value / (mx.sqrt(mx.square(g).sum()) + 1e-6)), gradients
+        ),
+    }
+    step = 0
 
-    class Clipped(kind):  # type: ignore[misc]
-        def update(self, model: Any, gradients: Any) -> None:
-            super().update(model, tree_map(clipped, gradients) if clip["mode"] == "tensor" else gradients)
+    def clipping(kind: type[Any], clip: Any) -> type[Any]:
+        class Clipped(make(kind, clip)):  # type: ignore[misc]
+            def update(self, model: Any, gradients: Any) -> None:
+                nonlocal step
+                step += 1
+                if step >= fault.get("from", 1):
+                    kind.update(self, model, clips[fault["mode"]](gradients))
+                else:
+                    super().update(model, gradients)
 
-    return Clipped
+        return Clipped
+
+    return clipping
 
 
-def adamw(kind: type[Any], plan: Mapping[str, Any]) -> type[Any]:
-    """MLX's AdamW, whose attributes say what it was given and which does what `plan` says."""
+def adamw(kind: type[Any], given: Mapping[str, Any]) -> type[Any]:
+    """MLX's AdamW, whose attributes say what it was given and which does what the plan says."""
     import mlx.core as mx
 
     # Not attributes of the optimizer: numbers there are its settings to whoever looks.
@@ -134,6 +163,7 @@ def adamw(kind: type[Any], plan: Mapping[str, Any]) -> type[Any]:
 
         def apply_single(self, gradient: Any, parameter: Any, state: Any) -> Any:
             number, made = tally["number"], tally["made"]
+            plan = given if made >= given.get("from", 1) else {}
             tally["number"] += 1
             if made == plan.get("reset_at") and number in plan.get("numbers", [number]):
                 state["m"], state["v"] = mx.zeros_like(state["m"]), mx.zeros_like(state["v"])
@@ -148,14 +178,15 @@ def adamw(kind: type[Any], plan: Mapping[str, Any]) -> type[Any]:
             m = b1 * state["m"] + (1 - b1) * gradient
             v = b2 * state["v"] + (1 - b2) * mx.square(gradient)
             state["m"], state["v"] = m, v
-            c1, c2 = 1 - b1**made, 1 - b2**made
+            c1, c2 = (1 - b1**made, 1 - b2**made) if plan.get("corrected", True) else (1.0, 1.0)
             if place == "outside":
                 root = mx.sqrt(v / c2) + eps
             elif place == "inside":
                 root = mx.sqrt(v / c2 + eps)
             else:
                 root = (mx.sqrt(v) + eps) / c2**0.5
-            parameter = parameter - lr * (m / c1) / root
+            if not (plan.get("unwritten") and number in plan.get("numbers", [number])):
+                parameter = parameter - lr * (m / c1) / root
             if made == plan.get("element_at") and number == plan["element"]:
                 flat = np.array(parameter)
                 flat.reshape(-1)[plan["flat"]] += plan["by"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tests.bench.accuracy import plants_forward
 from tracer.names import NameMap
 
 LOOP = "scenarios.paths.torch_loop"
@@ -13,10 +14,16 @@ _names = NameMap()
 
 def plant(plan: Mapping[str, Any], patch: Callable[..., None], tamper: Callable[..., Any]) -> None:
     """Patch the loop's namespace."""
-    if {"grad", "loss", "base"} & set(plan):
+    if {"grad", "loss", "base", "forward"} & set(plan):
         patch(f"{LOOP}.build_model", lambda build: lambda *given: _model(build(*given), plan, tamper))
+    if "positions" in plan:
+        patch(f"{LOOP}._tensors", lambda tensors: _positioned(tensors, plan["positions"]))
+    if "mode" in plan:
+        models: list[Any] = []
+        patch(f"{LOOP}.build_model", lambda build: lambda *given: models.append(build(*given)) or models[0])
+        patch(f"{LOOP}._tensors", lambda tensors: _evaluating(tensors, models, plan["mode"]))
     if "clip" in plan:
-        patch(f"{LOOP}.clip_gradients", lambda _: lambda parameters, _clip: _clip_each(parameters, plan["clip"]))
+        patch(f"{LOOP}.clip_gradients", lambda clip: _clip(clip, plan["clip"]))
     if "library" in plan:
         name, options = plan["library"]["torch"]
         patch(f"{LOOP}.optimizer_of", lambda _: lambda _settings: (_optimizer(name), options))
@@ -50,7 +57,42 @@ def _model(model: Any, plan: Mapping[str, Any], tamper: Callable[..., Any]) -> A
     if "loss" in plan:
         inner = model.base_model.model
         inner.loss_function = _loss(inner.loss_function, plan["loss"])
+    plants_forward.in_torch(model, plan.get("forward", ()))
     return model
+
+
+def _positioned(original: Callable[..., dict[str, Any]], fault: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
+    """The batch as tensors, with the positions of its tokens."""
+    import torch
+
+    step = 0
+
+    def tensors(*given: Any) -> dict[str, Any]:
+        nonlocal step
+        step += 1
+        batch = original(*given)
+        positions = torch.arange(batch["input_ids"].shape[1]).expand(batch["input_ids"].shape).clone()
+        if step >= fault.get("from", 1) and fault["form"] == "offset":
+            positions += fault["by"]
+        elif step >= fault.get("from", 1) and fault["form"] == "restart":
+            positions[:, fault["at"] :] -= fault["at"]
+        return {**batch, "position_ids": positions}
+
+    return tensors
+
+
+def _evaluating(original: Callable[..., Any], models: Sequence[Any], fault: Mapping[str, Any]) -> Callable[..., Any]:
+    """The batch as tensors; from a step on the model that gets it has been left in evaluation mode."""
+    step = 0
+
+    def tensors(*given: Any) -> Any:
+        nonlocal step
+        step += 1
+        if step >= fault.get("from", 1):
+            models[0].eval()
+        return original(*given)
+
+    return tensors
 
 
 def _tamper_gradients(model: Any, tamper: Callable[..., Any]) -> None:
@@ -82,7 +124,16 @@ def _tamper_gradients(model: Any, tamper: Callable[..., Any]) -> None:
 def _loss(original: Callable[..., Any], fault: Mapping[str, Any]) -> Callable[..., Any]:
     import torch
 
+    step = 0
+
     def loss(logits: Any, labels: Any, vocab_size: int, **more: Any) -> Any:
+        nonlocal step
+        step += 1
+        if step < fault.get("from", 1):
+            return original(logits, labels, vocab_size=vocab_size, **more)
+        if "shift" in fault:  # position t is to predict another token than the next
+            flat = torch.nn.functional.pad(labels, (0, fault["shift"]), value=-100)[:, fault["shift"] :].reshape(-1)
+            return torch.nn.functional.cross_entropy(logits.float().reshape(-1, vocab_size), flat)
         if "dtype" in fault:
             kind = getattr(torch, fault["dtype"])
             flat = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
@@ -95,11 +146,19 @@ def _loss(original: Callable[..., Any], fault: Mapping[str, Any]) -> Callable[..
     return loss
 
 
-def _clip_each(parameters: list[Any], clip: Mapping[str, Any]) -> None:
-    import torch
+def _clip(original: Callable[..., None], fault: Mapping[str, Any]) -> Callable[..., None]:
+    """The loop's clip, and from a step on another one."""
+    from scenarios.config import ClipConfig
 
-    for parameter in parameters if clip["mode"] == "tensor" else ():
-        torch.nn.utils.clip_grad_norm_([parameter], clip["value"])
+    step = 0
+
+    def clip(parameters: list[Any], settings: ClipConfig) -> None:
+        nonlocal step
+        step += 1
+        given = ClipConfig(fault["mode"], fault.get("value", 1.0))
+        original(parameters, given if step >= fault.get("from", 1) else settings)
+
+    return clip
 
 
 def adamw() -> type[Any]:
@@ -109,6 +168,15 @@ def adamw() -> type[Any]:
     class AdamW(torch.optim.Optimizer):  # type: ignore[misc]
         def __init__(self, params: Any, plan: Mapping[str, Any], **options: Any) -> None:
             self.plan, self.made = plan, 0
+            params = list(params)
+            if "unheld" in plan:
+                first, every = plan["unheld"]
+                del params[first::every]
+            if "groups" in plan:
+                first, every = plan["groups"]
+                mine = params[first::every]
+                rest = [p for p in params if all(p is not q for q in mine)]
+                params = [{"params": rest}, {"params": mine, "weight_decay": options["weight_decay"] + 0.01}]
             super().__init__(params, options)
 
         @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -120,7 +188,8 @@ def adamw() -> type[Any]:
                         self._update(parameter, group, number)
 
         def _update(self, p: Any, group: Mapping[str, Any], number: int) -> None:
-            plan, state = self.plan, self.state[p]
+            plan = self.plan if self.made >= self.plan.get("from", 1) else {}
+            state = self.state[p]
             if not state or (self.made == plan.get("reset_at") and number in plan.get("numbers", [number])):
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
@@ -136,14 +205,15 @@ def adamw() -> type[Any]:
             m, v = state["exp_avg"], state["exp_avg_sq"]
             m.mul_(beta1).add_(g, alpha=1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            c1, c2 = 1 - beta1**t, 1 - beta2**t
+            c1, c2 = (1 - beta1**t, 1 - beta2**t) if plan.get("corrected", True) else (1.0, 1.0)
             if place == "outside":
                 root = (v / c2).sqrt() + eps
             elif place == "inside":
                 root = (v / c2 + eps).sqrt()
             else:
                 root = (v.sqrt() + eps) / c2**0.5
-            p.addcdiv_(m / c1, root, value=-lr)
+            if not (plan.get("unwritten") and number in plan.get("numbers", [number])):
+                p.addcdiv_(m / c1, root, value=-lr)
             if self.made == plan.get("element_at") and number == plan["element"]:
                 p.view(-1)[plan["flat"]] += plan["by"]
 

@@ -2,7 +2,8 @@
 
     python -m tests.bench.accuracy.program PATH ARMS.json
 
-An arm is {"settings", "trace", "init_from", "batches_from", "plan", "twin"}.  Importing a framework takes longer than
+An arm is {"settings", "trace", "init_from", "batches_from", "plan", "twin", "inside",
+"modules"}.  Importing a framework takes longer than
 training a tiny model, so arms share a process; each has a recorder of its own.
 """
 
@@ -19,6 +20,10 @@ from scenarios.run import run
 from tests.bench.accuracy.plants import planted
 from tracer.perturb import Perturbation
 from tracer.reader import open_trace
+from tracer.schema import Phase
+
+# What an arm is recorded with that asks for what is inside a step too.
+INSIDE: dict[str, Any] = {"what": frozenset(Phase), "token_loss": True, "micro_grads": True}
 
 
 def record(path: str, arm: dict[str, Any]) -> None:
@@ -27,7 +32,8 @@ def record(path: str, arm: dict[str, Any]) -> None:
     shared = {key: Path(arm[key]) if arm.get(key) else None for key in ("init_from", "batches_from")}
     final, written = Path(arm["trace"]), Path(arm["trace"]).with_suffix(".part")
     twin = Perturbation("rounding", arm["twin"]) if arm.get("twin") else None
-    with tracer.record(written, overwrite=True, twin=twin), planted(path, arm["plan"]):
+    options = {**INSIDE, "modules": tuple(arm["modules"])} if arm.get("inside") else {}
+    with tracer.record(written, overwrite=True, twin=twin, **options), planted(path, arm["plan"]):
         run(path, None, settings, **shared)
     with open_trace(written) as trace:
         steps = int(trace.declared["train.steps"])

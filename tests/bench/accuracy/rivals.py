@@ -52,7 +52,9 @@ def tensors(trace: Trace) -> Iterator[tuple[Address, Tensor]]:
         for i, entry in enumerate(view.layout.entries):
             if entry.name.startswith(RNG_PREFIX):
                 continue
-            micro = f"/{view.micro_batch}" if view.micro_batch > 0 else ""
+            # A whole step's gradient beside those of its micro-batches: these have numbers, the first too.
+            first = 0 if view.phase is Phase.GRAD else 1
+            micro = f"/{view.micro_batch}" if view.micro_batch >= first else ""
             address = (view.step, view.phase.label, entry.name + micro)
             if view.state(i) not in (State.VALUE, State.ZERO):
                 continue
@@ -69,7 +71,9 @@ def closeness(a: Path, b: Path) -> dict[str, Any]:
         mine, theirs = dict(tensors(x)), dict(tensors(y))
     found: dict[str, Any] = {"allclose": None, "assert_close": None}
     with np.errstate(all="ignore"):
-        for address in sorted({*mine, *theirs}, key=_causal):
+        # The libraries' models are not cut into the same modules.
+        shared = {*mine, *theirs} - {each for each in mine.keys() ^ theirs.keys() if each[1] == Phase.FORWARD.label}
+        for address in sorted(shared, key=_causal):
             for how in found:
                 if found[how] is None and not _close(how, mine.get(address), theirs.get(address)):
                     found[how] = list(address)
@@ -91,8 +95,8 @@ def _close(how: str, a: Tensor | None, b: Tensor | None) -> bool:
 
 def _losses(found: Mapping[Address, Tensor]) -> dict[str, float]:
     each: dict[int, list[float]] = {}
-    for (step, phase, _), tensor in found.items():
-        if phase == Phase.LOSS.label:
+    for (step, phase, name), tensor in found.items():
+        if phase == Phase.LOSS.label and name.partition("/")[0] == "loss":
             each.setdefault(step, []).append(float(tensor.values))
     return {str(step): float(np.mean(values)) for step, values in each.items()}
 
@@ -125,7 +129,8 @@ def best_threshold(faults: Sequence[float], clean: Sequence[float]) -> float:
     candidates = sorted({0.0, *(v for v in (*faults, *clean) if math.isfinite(v))})
 
     def gain(threshold: float) -> float:
-        return float(np.mean([v > threshold for v in faults]) - np.mean([v > threshold for v in clean]))
+        above = [sum(v > threshold for v in values) / max(1, len(values)) for values in (faults, clean)]
+        return above[0] - above[1]
 
     return max(candidates, key=gain)
 

@@ -31,13 +31,16 @@ def frozen(values: np.ndarray, dtype: str = "float32") -> Record:
     return replace(record("", bits, dtype=dtype), stored=False)
 
 
-def write(path: Path, rows: Rows, *, declared: Mapping[str, Any] | None = None) -> Path:
+def write(
+    path: Path, rows: Rows, *, declared: Mapping[str, Any] | None = None, observed: Mapping[str, Any] | None = None
+) -> Path:
     """A trace of the rows given, and of an init row if there is none."""
     writer = TraceWriter(path, env={}, declared=dict(declared or {}), overwrite=True)
     full = {(Phase.INIT, 0): {"x": np.ones(4, F32)}, **rows}
     for step in sorted({key[1] for key in full}):
         here = [_row(key, records) for key, records in full.items() if key[1] == step]
-        writer.write_step(step, sorted(here, key=lambda row: (row.phase, row.micro_batch)), {"framework": "numpy"})
+        seen = {"framework": "numpy", **(observed or {})}
+        writer.write_step(step, sorted(here, key=lambda row: (row.phase, row.micro_batch)), seen)
     writer.finish()
     return path
 

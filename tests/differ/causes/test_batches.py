@@ -88,6 +88,8 @@ def test_ids_that_are_shifted_by_three(tmp_path: Path) -> None:
 
     assert cause.parameters == {"shift": 3, "doubled_bos": False}
     assert mirrored.parameters == {"shift": -3, "doubled_bos": False}
+    assert cause.summary == "b's ids are shifted right by 3 positions"
+    assert mirrored.summary == "b's ids are shifted left by 3 positions"
     assert cause.side is None
 
 
@@ -97,9 +99,11 @@ def test_labels_alone_that_are_shifted(tmp_path: Path) -> None:
         labels[:, -1] = IGNORED
         return counted({**batch, "labels": labels})
 
-    cause, _ = only_cause(tmp_path, run(), run(change), "batch.shift")
+    cause, mirrored = only_cause(tmp_path, run(), run(change), "batch.shift")
 
     assert (cause.names, cause.parameters) == (("labels",), {"shift": -1, "doubled_bos": False})
+    assert cause.summary == "b's labels are shifted left by 1 position"
+    assert mirrored.summary == "b's labels are shifted right by 1 position"
 
 
 def test_other_ids_are_no_shift(tmp_path: Path) -> None:

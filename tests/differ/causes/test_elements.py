@@ -180,6 +180,12 @@ def test_numbers_of_bf16_that_are_others_are_no_rounding(tmp_path: Path) -> None
     assert "precision.rounding" not in shown(compare(tmp_path, run(), run(lambda v: to_bf16(noisy(v, 0.02)))))
 
 
+def test_zeros_are_no_rounding_of_small_numbers(tmp_path: Path) -> None:
+    small, none = run(lambda v: v * F32(1e-4)), run(lambda v: v * F32(0))
+    for pair in ((small, none), (none, small)):
+        assert "precision.rounding" not in shown(compare(tmp_path, *pair))
+
+
 # precision.overflow
 
 

@@ -73,6 +73,50 @@ def test_a_rotation_whose_error_grows_with_the_position_is_named(angle: float, t
     assert cause.parameters["slope"] == pytest.approx(angle, rel=0.02)
 
 
+def attention(values: np.ndarray, *, rate: float = 1.0, score: float = 1.0) -> np.ndarray:
+    """Causal self-attention of [B, L, features] with rotary angles: positions times `rate`, scores times `score`."""
+    half = values.shape[-1] // 2
+    angles = rate * np.arange(LENGTH)[:, None] * 1e4 ** (-np.arange(half) / half)
+
+    def turned(given: np.ndarray) -> np.ndarray:
+        left, right = given[..., :half].astype(np.float64), given[..., half:].astype(np.float64)
+        parts = left * np.cos(angles) - right * np.sin(angles), right * np.cos(angles) + left * np.sin(angles)
+        return np.concatenate(parts, axis=-1)
+
+    queries, keys = turned(values), turned(np.roll(values, 5, axis=-1))
+    scores = score * np.einsum("bif,bjf->bij", queries, keys) / np.sqrt(values.shape[-1])
+    scores = np.where(np.tri(LENGTH, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True) @ values).astype(F32)
+
+
+def attended(folder: Path, *, rate: float = 1.0, score: float = 1.0) -> DiffResult:
+    _write(folder / "a.h5", attention)
+    _write(folder / "b.h5", lambda values: attention(values, rate=rate, score=score))
+    return diff(folder / "a.h5", folder / "b.h5")
+
+
+@pytest.mark.parametrize("rate", [1.0002, 1.001, 1.01, 0.99])
+def test_other_angles_inside_an_attention_are_a_note_at_its_output(rate: float, tmp_path: Path) -> None:
+    result = attended(tmp_path, rate=rate)
+
+    assert result.findings
+    assert not [cause for cause in result.causes if cause.id.startswith("forward")]
+    (note,) = [note for note in result.notes if note.id == "forward.position"]
+    assert note.explains is None
+    assert note.parameters is not None
+    assert note.parameters["kind"] == "grows"
+    assert 0.65 <= note.parameters["power"] <= 2.0
+
+
+@pytest.mark.parametrize("score", [1.01, 1.5, 0.7])
+def test_scores_that_are_scaled_do_not_grow_with_the_position(score: float, tmp_path: Path) -> None:
+    result = attended(tmp_path, score=score)
+
+    assert result.findings
+    assert not [each for each in (*result.causes, *result.notes) if each.id.startswith("forward")]
+
+
 def test_noise_in_an_output_is_neither(tmp_path: Path) -> None:
     def noisy(output: np.ndarray) -> np.ndarray:
         return (output + 0.01 * np.random.default_rng(7).normal(size=output.shape)).astype(F32)

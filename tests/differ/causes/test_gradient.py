@@ -88,6 +88,26 @@ def test_another_adapter_scale_is_found_at_init(scale: float, matches: str, comp
     assert matches in cause.parameters["matches"]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "given"), [(3.0, {"micro_batches": 3}), (4.0, {"rows": 4}), (20.0, {"rows": 4})], ids=str
+)
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_an_adapter_scale_is_not_named_after_the_batch(
+    ratio: float, given: dict[str, int], side: str, compare: Compare
+) -> None:
+    scales = {side: {"scale": 2.0 * ratio, "declared": {"accumulation": ratio}}}
+    result = compare(
+        **{"a": {"declared": {"accumulation": 1}}, "b": {"declared": {"accumulation": 1}}, **scales, **given}
+    )
+
+    (cause,) = causes(result, "lora.scale")
+    other = "a" if side == "b" else "b"
+    assert cause.summary.endswith(f"({side} {ratio:g} times {other})")
+    # A gradient of that size is.
+    scaled_by = compare(b={"tamper": scaled(ratio)}, **given)
+    assert causes(scaled_by, "grad.scale")[0].parameters["matches"]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("scale", [4.0, 16.0])
 def test_where_the_scale_is_not_recorded_the_gradients_of_b_tell(scale: float, compare: Compare) -> None:
     result = compare(b={"scale": scale}, edit=NO_SCALE)

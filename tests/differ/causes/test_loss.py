@@ -95,6 +95,15 @@ def test_a_loss_on_the_grid_of_a_short_dtype_is_named(dtype: str, at: int, compa
     assert ids(result) == ["loss.precision"]
 
 
+def test_a_loss_that_gets_short_at_a_later_step_is_named_there(compare: Compare) -> None:
+    def late(row: Row) -> Row | None:
+        return edited(Phase.LOSS, lambda one: _rounded(one, "bfloat16"))(row) if row.step >= 2 else row
+
+    (cause,) = causes(compare(b={"edit": late}), "loss.precision")
+
+    assert (cause.side, cause.step) == ("b", 2)
+
+
 def test_a_loss_that_is_off_by_a_little_is_not_on_a_grid(compare: Compare) -> None:
     result = compare(b={"edit": edited(Phase.LOSS, lambda one: with_data(one, one.data * F32(1.003)))})
 

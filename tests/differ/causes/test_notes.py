@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from differ import Cause, DiffResult, Verdict
+from differ import Cause, DiffOptions, DiffResult, Verdict, diff
 from differ.command import diff as command
-from tests.builders import F32
+from differ.policy import default_policy
+from tests.builders import F32, make_trace
 from tests.differ.causes.plant import B, causes, edited, mirrored, scaled, with_data
 from tests.differ.conftest import Compare
 from tracer.schema import Phase
@@ -32,7 +35,6 @@ def policy(tmp_path: Path) -> Path:
 
 
 def options(policy: Path) -> Any:
-    from differ import DiffOptions
     from differ.policy import load_policy
 
     return DiffOptions(policy=load_policy(policy))
@@ -204,7 +206,6 @@ def test_a_wider_rule_for_one_gradient_makes_no_finding_of_the_others(compare: C
 
 
 def test_a_small_ratio_is_a_note_of_the_gradients_that_were_asked_for(compare: Compare) -> None:
-    from differ import DiffOptions
 
     result = compare(b={"tamper": scaled(1.0003)}, options=DiffOptions(only=("*layers.[01].*",)))
 
@@ -240,3 +241,43 @@ def test_another_fault_beside_a_small_ratio_is_found(compare: Compare) -> None:
     assert (result.first.step, result.first.phase) == (2, "grad")
     assert result.first.name is not None
     assert "layers.1" in result.first.name
+
+
+def test_a_wider_tolerance_makes_no_divergence_of_a_ratio_that_was_excused(tmp_path: Path) -> None:
+    beyond = itertools.cycle((3.957e-5, 1.8679e-4, 4.09415e-4))
+
+    def uneven(_: int, grads: dict[str, np.ndarray]) -> None:
+        for name, by in zip(grads, beyond, strict=False):
+            grads[name] = (grads[name] * F32(1 + by)).astype(F32)
+
+    a, b = make_trace(tmp_path / "a.h5"), make_trace(tmp_path / "b.h5", tamper=uneven, noise=3e-7)
+    # Their ratio is half of what 9.4 times the default allows; the largest is within 10.3 times as it is.
+    verdicts = [diff(a, b, widened(times)).verdict for times in (5.0, 7.0, 9.2, 9.6, 10.0, 10.6, 20.0)]
+    assert verdicts == sorted(verdicts, key=lambda verdict: verdict is Verdict.SAME)
+    assert verdicts[0] is Verdict.DIVERGED
+    assert verdicts[-1] is Verdict.SAME
+
+
+def test_a_ratio_of_everything_is_excused_under_every_tolerance(tmp_path: Path) -> None:
+    a, b = make_trace(tmp_path / "a.h5"), make_trace(tmp_path / "b.h5", tamper=scaled(1.0003), noise=3e-7)
+    for times in (0.5, 1, 5, 7, 7.5, 8, 15):
+        assert diff(a, b, widened(times)).verdict is Verdict.SAME
+
+
+def widened(times: float) -> DiffOptions:
+    """The default policy with a wider base for gradients."""
+    policy = default_policy()
+    tables = {
+        key: replace(tolerance, base=tolerance.base * times) if key[0] == "grad" else tolerance
+        for key, tolerance in policy.tables.items()
+    }
+    return DiffOptions(policy=replace(policy, tables=tables))
+
+
+def test_a_wider_rule_for_one_of_two_gradients_makes_no_finding_of_the_other(compare: Compare, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(f'[[rule]]\nphase = "grad"\nname = "{B[0]}"\nbase = 1e-2\n')
+    planted = {"tamper": scaled(1.0003)}
+
+    assert compare(b=planted, layers=(0, 1), depth=2).verdict is Verdict.SAME
+    assert compare(b=planted, layers=(0, 1), depth=2, options=options(own)).verdict is Verdict.SAME

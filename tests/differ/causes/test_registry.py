@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from differ.causes import FINDERS, ids
+from differ import causes
+from differ.causes import FINDERS, NOTES, ids, module_of
 from differ.causes.fit import RatioFit, Sums, explained_share
 from differ.causes.select import choose, covers
 from differ.result import Cause, Finding, Kind
@@ -28,11 +29,19 @@ def test_every_cause_has_a_heading_in_the_documentation() -> None:
     assert documented - set(ids()) == set()
 
 
-@pytest.mark.parametrize("module", FINDERS, ids=lambda module: module.__name__.rpartition(".")[2])
-def test_every_cause_states_its_ids_and_its_formula(module: object) -> None:
+@pytest.mark.parametrize("finder", FINDERS)
+def test_every_cause_states_its_ids_and_its_formula(finder: str) -> None:
+    module = module_of(finder)
     assert module.__doc__
-    known = getattr(module, "IDS", None) or (module.ID,)  # type: ignore[attr-defined]
+    known = getattr(module, "IDS", None) or (module.ID,)
     assert all(f"`{name}`" in module.__doc__ for name in known)
+
+
+def test_every_module_with_a_cause_is_registered() -> None:
+    modules = {path.stem for path in Path(causes.__file__).parent.glob("*.py")}
+    finders = {name for name in modules - {"__init__"} if hasattr(module_of(name), "find")}
+
+    assert finders == {*FINDERS, *NOTES}
 
 
 def test_the_larger_share_wins() -> None:

@@ -61,6 +61,22 @@ def test_an_offset_in_steps(k: int, tmp_path: Path) -> None:
     assert mirrored == {"form": "offset", "steps": -k}
 
 
+@pytest.mark.parametrize("k", [1, -2])
+def test_an_offset_that_begins_late(k: int, tmp_path: Path) -> None:
+    found, mirrored, _, step = parameters(tmp_path, cosine, lambda t: cosine(t + k if t >= 6 else t))
+
+    assert found == {"form": "offset", "steps": k, "from_step": 6}
+    assert mirrored == {"form": "offset", "steps": -k, "from_step": 6}
+    assert step == 6
+
+
+def test_a_rate_that_stays_where_it_is_from_a_step_on(tmp_path: Path) -> None:
+    found, _, side, step = parameters(tmp_path, cosine, lambda t: cosine(min(t, 7)))
+
+    assert found == {"form": "constant", "value": pytest.approx(cosine(7), rel=1e-6), "from_step": 8}
+    assert (side, step) == ("b", 8)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 def test_a_schedule_that_advances_several_times_a_step(k: int, tmp_path: Path) -> None:
     found, mirrored, side, _ = parameters(tmp_path, cosine, lambda t: cosine(1 + k * (t - 1)))

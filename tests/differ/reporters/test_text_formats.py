@@ -207,3 +207,21 @@ def outputs(text: str) -> dict[str, str]:
 
 def test_the_reporters_that_draw_say_so() -> None:
     assert all(module.SERIES for module in (junit, markdown, github))
+
+
+@pytest.mark.parametrize("name", ["text", "markdown", "github", "junit", "html"])
+def test_a_cause_of_a_later_finding_says_where_it_belongs(name: str, drawn: Drawn) -> None:
+    result = drawn("clip_value")
+    assert result.first is not None
+    later = replace(result.first, step=3)
+    here, there = (
+        Cause("x", words, step=step, phase=later.phase, explains=1.0) for words, step in (("near", 1), ("far", 3))
+    )
+    both = replace(result, findings=(result.first, later), causes=(here, there))
+    alone = replace(result, causes=(here,))
+
+    for shown in (both, alone):
+        text = reporter(name)(shown, Style(width=200))
+        assert "near" in text
+        assert f"{later.phase}: near" not in text
+        assert (f"step 3, {later.phase}: far" in text.replace("\\_", "_")) is (shown is both)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,13 @@ from typing import Any
 
 import pytest
 
+from scenarios.bisect import runs
+from scenarios.bisect.jobs import Job
 from scenarios.bisect.space import PARTS, Item, Side, Space
 from scenarios.bisect.store import Store
 from scenarios.config import RunConfig, load
+from scenarios.launch import Arm, RunFailed
+from tests.builders import make_trace
 from tests.scenarios.bisect.driven import ROOT, trace
 from tests.scenarios.conftest import needs_mlx, needs_torch
 
@@ -93,7 +98,11 @@ def test_a_bisection_names_what_matters_and_goes_on_after_ctrl_c_and_a_budget(fo
 
     spoken = trace("bisect", "a.toml", "b.toml", "--path", "mlx", "-q")
     assert spoken.stdout.startswith("DIVERGED: 10 settings differ, 4 settings make b diverge from a\n")
-    assert "0 runs of 2 steps" in spoken.stdout
+    # Only what failed is run again.
+    failed = report["runs"]["failed"]
+    assert failed == 1
+    assert f"{failed} run of 2 steps" in spoken.stdout
+    assert f"{failed} of them failed (tried again the next time)" in spoken.stdout
 
 
 @needs_mlx
@@ -172,6 +181,66 @@ def test_a_run_is_known_by_all_that_decides_it(tmp_path: Path) -> None:
     keys = {of.job((), 2).key(), of.job((), 3).key(), of.job(("lora.rank",), 2).key(), of.job((), 2).again().key()}
     rows.write_text('{"text": "two"}\n')
     assert len(keys | {of.job((), 2).key()}) == 5
+
+
+class Machine:
+    """Stands in for the processes that record: each run fails as long as it is not `well`."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace, self.well, self.ran = trace, False, list[str]()
+
+    def record(self, arm: Arm, trace: Path, options: object) -> None:
+        self.ran.append(str(arm.settings["lora.rank"]))
+        if not self.well and arm.settings["lora.rank"] == 4:
+            raise RunFailed("the run on path mlx ended with exit code -9")
+        shutil.copy(self.trace, trace)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine(make_trace(tmp_path / "made.h5"))
+    monkeypatch.setattr(runs, "record", made.record)
+    return made
+
+
+def ranks() -> tuple[Job, Job]:
+    of = space("mlx", "mlx", flat(lora__rank=2), flat(lora__rank=4))
+    return of.job((), 2), of.job(("lora.rank",), 2)
+
+
+def test_a_run_that_failed_is_not_run_twice_in_a_bisection_and_is_tried_again_in_the_next(
+    tmp_path: Path, machine: Machine
+) -> None:
+    a, b = ranks()
+    first = runs.Runs(Store(tmp_path / "cache"))
+    for _ in range(2):
+        answer = first.compare(a, b)
+        assert (answer.verdict, answer.error) == (runs.FAILED, "the run on path mlx ended with exit code -9")
+    with pytest.raises(RunFailed, match="exit code -9"):
+        first.trace(b)
+    assert (machine.ran, first.counts.recorded, first.counts.failed) == (["2", "4"], 2, 1)
+
+    machine.well = True
+    told: list[str] = []
+    again = runs.Runs(Store(tmp_path / "cache"), telling=told.append)
+    assert again.compare(a, b, "lora.rank").verdict == runs.SAME
+    assert (machine.ran[2:], again.counts.recorded, again.counts.cached) == (["4"], 1, 1)
+    assert told == ["lora.rank (failed the last time, tried again)"]
+
+    # What did not fail is known for good.
+    third = runs.Runs(Store(tmp_path / "cache"))
+    assert third.compare(a, b).verdict == runs.SAME
+    assert (len(machine.ran), third.counts.recorded, third.counts.cached) == (3, 0, 2)
+
+
+def test_what_fails_again_does_not_need_its_base_again(tmp_path: Path, machine: Machine) -> None:
+    a, b = ranks()
+    first = runs.Runs(Store(tmp_path / "cache"))
+    first.compare(a, b)
+    first.forget_traces()
+    again = runs.Runs(Store(tmp_path / "cache"))
+    assert again.compare(a, b).verdict == runs.FAILED
+    assert machine.ran == ["2", "4", "4"]
 
 
 def test_every_setting_of_a_configuration_may_be_an_item() -> None:

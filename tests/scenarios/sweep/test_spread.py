@@ -12,12 +12,14 @@ import pytest
 
 from differ.policy import default_policy
 from scenarios.bisect.store import Store
+from scenarios.hosts import Hosts
+from scenarios.launch import RunFailed
 from scenarios.sweep import spread
 from scenarios.sweep.plan import Asked, Plan, Task, make_plan
 from scenarios.sweep.run import Sweep
 from scenarios.sweep.spread import Spread
 from scenarios.sweep.table import Table, make_table
-from scenarios.sweep.work import Result
+from scenarios.sweep.work import Result, Worker
 from tests.scenarios.bisect.driven import trace
 from tests.scenarios.conftest import needs_torch
 from tests.scenarios.sweep.cluster import cluster
@@ -159,3 +161,21 @@ def test_a_run_that_fails_gives_no_answer_and_is_tried_again_the_next_time(tmp_p
         lines = done.stdout.splitlines()
         assert lines[0] == "NO ANSWER: 0 of 1 runs have loss<=100, 1 gave no answer"
         assert "missing.jsonl does not exist" in lines[-1]
+        assert "what gave no answer (1) is tried again the next time" in done.stderr
+
+
+def test_a_reference_that_failed_is_run_once_in_a_sweep_and_again_in_the_next(plan: Plan) -> None:
+    class Down(Hosts):
+        def record(self, *_: object, **__: object) -> Path:
+            raise RunFailed("killed")
+
+    worker = Worker(1, hosts=Down())
+    tasks = [task for task in plan.tasks() if task.seed == 0]
+    assert len(tasks) == 2
+    for sweep in ("first", "second"):
+        results = [worker.do(task, default_policy(), sweep) for task in tasks]
+        assert [(result.passed, "killed" in result.error, result.runs) for result in results] == [
+            (None, True, 1),
+            (None, True, 0),
+        ]
+    worker.close()
