@@ -87,8 +87,8 @@ verifies all of it.
 
 A commit is: let HDF5 set space aside if there is none left, write the rows there, bump `committed`. What HDF5 changes of its own
 structures reaches the disk in an order in which nothing refers to what is not there yet (`tracer/ordered.py`), so the file opens
-whichever write was the last one, and every committed step is whole; `meta/end` then still says `"finished": false`. Space is asked for before HDF5 writes, so a full disk stops the recording
-and leaves a whole file.
+whichever write was the last one, and every committed step is whole; `meta/end` then still says `"finished": false`. Space is
+asked for before HDF5 writes, so a full disk stops the recording and leaves a whole file.
 """
 
 
