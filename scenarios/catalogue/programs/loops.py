@@ -72,13 +72,22 @@ def join_ranks() -> int:
     A second group would find the addresses of the first in torchrun's store.
     """
     import atexit
+import gc
 
     import torch.distributed as dist
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave_ranks)
     return int(dist.get_world_size())
+
+
+def _leave_ranks() -> None:
+    import torch.distributed as dist
+
+    # A sharded model that outlives the group aborts the process at its end, now and then (torch 2.13, gloo).
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def of_this_rank(config: RunConfig, feed: Feed) -> tuple[tuple[RunConfig, Feed], Mapping[int, int]]:
