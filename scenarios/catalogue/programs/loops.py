@@ -72,7 +72,6 @@ def join_ranks() -> int:
     A second group would find the addresses of the first in torchrun's store.
     """
     import atexit
-import gc
 
     import torch.distributed as dist
 
@@ -83,6 +82,8 @@ import gc
 
 
 def _leave_ranks() -> None:
+    import gc
+
     import torch.distributed as dist
 
     # A sharded model that outlives the group aborts the process at its end, now and then (torch 2.13, gloo).
